@@ -1,0 +1,517 @@
+"Data: files, processes, the network and other people's images"
+import http.server, multiprocessing, os, socket, struct, subprocess, sys, threading, time, zipfile, zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from draw_nbdev import data
+from draw_nbdev.data import FIXED_FILE, MNIST_MD5, SPLITS, Images, data_root, image_folder, load, mnist, mnist_digits, split_files
+
+REAL = Path(os.environ.get('DRAW_DATA', '')) / FIXED_FILE
+needs_real = pytest.mark.skipif(not os.environ.get('DRAW_DATA') or not REAL.is_file(), reason=f'needs DRAW_DATA to name a folder with {FIXED_FILE}')
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    "An empty data folder and an empty cache, and a network that answers nothing"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    monkeypatch.setenv('DRAW_DATA', str(tmp_path/'root'))
+    monkeypatch.setattr(data, 'FIXED_URL', 'http://127.0.0.1:9/')
+    data._has_fixed.cache_clear()
+    yield tmp_path/'root', tmp_path/'cache'/'draw_nbdev'
+    data._has_fixed.cache_clear()
+
+
+def one_line(error): return '\n' not in str(error.value) and str(error.value)
+
+def leftovers(folder): return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+
+# The data folder
+
+def test_data_root(monkeypatch, tmp_path):
+    monkeypatch.setenv('DRAW_DATA', '~/pictures')
+    assert data_root() == Path.home()/'pictures'
+    monkeypatch.setenv('DRAW_DATA', '')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert data_root() == tmp_path/'draw_nbdev'
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    assert data_root() == Path.home()/'.cache'/'draw_nbdev'
+
+
+# MNIST out of the package
+
+def test_unpacks_into_the_layout_of_torchvision(places):
+    root, cache = places
+    digits = mnist(train=False)
+    assert digits.data.shape == (10_000, 28, 28) and digits.targets[:5].tolist() == [7, 2, 1, 0, 4]
+    assert leftovers(root) == sorted(f'MNIST/raw/{name}' for name in MNIST_MD5) and not cache.exists()
+    stamps = {path: path.stat().st_mtime_ns for path in root.rglob('*-ubyte')}
+    mnist()
+    assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob('*-ubyte')}   # not written again
+
+
+def test_root_that_cannot_be_written(places):
+    root, cache = places
+    root.write_text('a file where a folder should be cannot be written below, not even by the superuser')
+    assert len(load('mnist_grey', 'valid')) == 10_000
+    assert leftovers(cache) == sorted(f'MNIST/raw/{name}' for name in MNIST_MD5)
+
+
+@pytest.mark.parametrize('marked', ['.', 'MNIST', 'MNIST/raw'])
+def test_root_that_is_marked_read_only(places, marked):
+    "The mark counts for the superuser too, whom it would not stop"
+    root, cache = places
+    (root/marked).mkdir(parents=True)
+    (root/marked).chmod(0o555)
+    try:
+        assert len(load('mnist_grey', 'test')) == 10_000
+        assert not leftovers(root) and len(leftovers(cache)) == 4
+    finally: (root/marked).chmod(0o755)
+
+
+def test_nothing_can_be_written(places):
+    root, cache = places
+    for path in (root, cache.parent): path.write_text('')
+    with pytest.raises(OSError, match='set DRAW_DATA') as error: mnist()
+    assert one_line(error) and str(root) in str(error.value)
+
+
+def test_packed_files_only(places):
+    root, _ = places
+    (root/'MNIST/raw').mkdir(parents=True)
+    for name in MNIST_MD5: (root/'MNIST/raw'/f'{name}.gz').write_bytes(b'not even looked at')
+    assert len(mnist().data) == 60_000
+
+
+def test_foreign_file_is_kept(places):
+    root, _ = places
+    path = root/'MNIST/raw/train-images-idx3-ubyte'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'half a download')
+    with pytest.raises(ValueError, match='wrong MD5') as error: mnist()
+    assert one_line(error) and str(path) in str(error.value)
+    assert path.read_bytes() == b'half a download'
+
+
+def test_damaged_package(places, monkeypatch):
+    root, _ = places
+    monkeypatch.setitem(data.MNIST_MD5, 't10k-labels-idx1-ubyte', '0'*32)
+    with pytest.raises(ValueError, match='install draw_nbdev again'): mnist()
+    assert not root.exists() or not leftovers(root)
+
+
+def _load_checksum(answers): answers.put(load('mnist_grey', 'test').checksum)
+
+def test_two_processes_unpack_at_once(places):
+    context = multiprocessing.get_context('spawn')
+    answers = context.Queue()
+    workers = [context.Process(target=_load_checksum, args=(answers,)) for _ in range(2)]
+    for worker in workers: worker.start()
+    found = {answers.get(timeout=60) for _ in workers}
+    for worker in workers: worker.join()
+    assert found == {load('mnist_grey', 'test').checksum}
+    assert leftovers(places[0]) == sorted(f'MNIST/raw/{name}' for name in MNIST_MD5)
+
+
+def test_interrupted_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(OSError): data._write(tmp_path/'a', b'x')
+    assert not leftovers(tmp_path)
+
+
+def test_import_is_light():
+    "torchvision takes longer to import than all the rest"
+    code = "import sys, draw_nbdev.data; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+# The fixed binarisation: a small one, and a server for it
+
+@pytest.fixture
+def server(places, monkeypatch):
+    "Serves small .amat files; `pages` may be changed, `asked` lists the requests"
+    rng = np.random.default_rng(0)
+    bits = {split: rng.integers(0, 2, (n, 784), dtype=np.uint8) for split, n in zip(SPLITS, (5, 3, 2))}
+    pages = {f'/binarized_mnist_{split}.amat': '\n'.join(' '.join(map(str, row)) for row in b).encode() + b'\n' for split, b in bits.items()}
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            page = pages.get(self.path)
+            if page is None: return self.send_error(404)
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(page)))
+            self.end_headers()
+            self.wfile.write(page[:pages.get('cut')])
+            if 'stall' in pages: time.sleep(pages['stall'])
+        def log_message(self, *args): pass
+
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr(data, 'FIXED_URL', f'http://127.0.0.1:{httpd.server_port}/')
+    monkeypatch.setattr(data, 'FIXED_MD5', {split: data._md5(b) for split, b in bits.items()})
+    monkeypatch.setenv('no_proxy', '*')
+    yield bits, pages, asked
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_download(server, places):
+    bits, pages, asked = server
+    root, _ = places
+    for split in SPLITS:
+        images = load('mnist_fixed', split)
+        assert (images.pixels.view(-1, 784).numpy() == bits[split]).all() and images.levels == 1 and images.shape == (1, 28, 28)
+        assert images.checksum == data.FIXED_MD5[split]
+    assert len(asked) == 3 and leftovers(root) == [FIXED_FILE]
+    assert mnist_digits('train').name == 'mnist_fixed'
+
+
+def test_download_where_the_root_cannot_be_written(server, places):
+    root, cache = places
+    root.write_text('')
+    load('mnist_fixed', 'test')
+    assert leftovers(cache) == [FIXED_FILE]
+    load('mnist_fixed', 'test')
+    assert len(server[2]) == 3   # the second time from the cache
+
+
+@pytest.mark.parametrize('fault', ['truncated', 'changed', 'not found', 'a page of HTML'])
+def test_download_goes_wrong(server, places, fault):
+    _, pages, asked = server
+    name = '/binarized_mnist_valid.amat'
+    if fault == 'truncated': pages['cut'] = 1000
+    if fault == 'changed': pages[name] = pages[name].replace(b'0', b'1', 1)
+    if fault == 'not found': del pages[name]
+    if fault == 'a page of HTML': pages[name] = b'<html>please log in</html>'
+    with pytest.raises(FileNotFoundError) as error: load('mnist_fixed', 'valid')
+    message = one_line(error)
+    assert message and str(places[0]) in message
+    for split in SPLITS: assert f'binarized_mnist_{split}.amat' in message
+    assert not places[0].exists() and not places[1].exists()
+
+
+def test_files_put_there_by_hand(server, places):
+    bits, pages, asked = server
+    places[0].mkdir()
+    for name, page in pages.items(): (places[0]/name[1:]).write_bytes(page)
+    assert (load('mnist_fixed', 'train').pixels.view(-1, 784).numpy() == bits['train']).all() and not asked
+
+
+def test_wrong_file_put_there_by_hand(server, places):
+    places[0].mkdir()
+    (places[0]/'binarized_mnist_train.amat').write_bytes(b'0 1')
+    with pytest.raises(FileNotFoundError, match='whole rows') as error: load('mnist_fixed', 'train')
+    assert one_line(error) and str(places[0]/'binarized_mnist_train.amat') in str(error.value)
+
+
+class Trap:
+    "Unpickling this writes a file"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize('content', ['garbage', 'other bits', 'pickle', 'no such split'])
+def test_damaged_packed_file(server, places, content):
+    path = places[0]/FIXED_FILE
+    places[0].mkdir()
+    if content == 'garbage': path.write_bytes(b'PK garbage')
+    if content == 'other bits': np.savez(path, test=np.zeros((2, 98), np.uint8))
+    if content == 'pickle': np.savez(path, test=np.array([Trap(places[0]/'trapped')], dtype=object))
+    if content == 'no such split': np.savez(path, train=np.zeros((2, 98), np.uint8))
+    for get in (lambda: load('mnist_fixed', 'test'), lambda: mnist_digits('test')):   # a damaged file is no reason for a surrogate
+        with pytest.raises(ValueError, match='remove it') as error: get()
+        assert one_line(error) and str(path) in str(error.value)
+    assert not (places[0]/'trapped').exists()
+
+
+def test_offline_asks_once(server, places):
+    bits, pages, asked = server
+    pages.clear()
+    sets = [mnist_digits(split) for split in SPLITS]
+    assert {images.name for images in sets} == {'mnist_once'} and all('surrogate' in images.note for images in sets)
+    assert len(asked) == 1
+
+
+def test_silent_server(places, monkeypatch):
+    "Neither a server that never answers nor a name server that never answers holds us up"
+    monkeypatch.setattr(data, 'PATIENCE', .3)
+    monkeypatch.setenv('no_proxy', '*')
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        monkeypatch.setattr(data, 'FIXED_URL', f'http://127.0.0.1:{silent.getsockname()[1]}/')
+        started = time.monotonic()
+        with pytest.raises(FileNotFoundError): load('mnist_fixed', 'test')
+        assert time.monotonic() - started < 5
+    monkeypatch.setattr(data, 'FIXED_URL', 'http://nowhere.invalid/')
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *a, **k: time.sleep(20))
+    started = time.monotonic()
+    with pytest.raises(FileNotFoundError, match='no answer') as error: load('mnist_fixed', 'test')
+    assert time.monotonic() - started < 5 and one_line(error)
+
+
+def test_download_that_stalls(server, places, monkeypatch):
+    monkeypatch.setattr(data, 'PATIENCE', .3)
+    server[1].update(cut=1000, stall=4)
+    started = time.monotonic()
+    with pytest.raises(FileNotFoundError, match='timed out') as error: load('mnist_fixed', 'test')
+    assert time.monotonic() - started < 3 and one_line(error)
+
+
+# The real fixed binarisation
+
+@needs_real
+@pytest.mark.parametrize('split, count', [('train', 50_000), ('valid', 10_000), ('test', 10_000)])
+def test_real_fixed(split, count):
+    images = load('mnist_fixed', split)
+    assert len(images) == count and images.shape == (1, 28, 28) and images.checksum == data.FIXED_MD5[split]
+    assert images.batch(range(500)).unique().tolist() == [0.0, 1.0]
+    assert mnist_digits(split).name == 'mnist_fixed'
+
+
+@needs_real
+@pytest.mark.parametrize('split, train', [('train', True), ('valid', True), ('test', False)])
+def test_real_fixed_is_a_draw_of_mnist(split, train):
+    "Every image of a sample is a possible draw of some digit of MNIST: nothing on where that is black, nothing off where it is white"
+    bits = load('mnist_fixed', split).pixels[::200].flatten(1).float()
+    def has_source(grey): return ((bits @ (grey == 0).float().T + (1 - bits) @ (grey == 255).float().T) == 0).any(1)
+    assert has_source(mnist(train).data.flatten(1)).all()
+    assert not has_source(mnist(not train).data.flatten(1)).all()   # the other part of MNIST does not do: the test can fail
+
+
+@needs_real
+def test_real_fixed_has_an_order_of_its_own():
+    "Images do not correspond by index, and the validation sets are different digits; the test set is sorted by class"
+    for split in SPLITS:
+        bits, grey = load('mnist_fixed', split).pixels, load('mnist_grey', split).pixels
+        possible = ~(((grey == 0) & (bits == 1)) | ((grey == 255) & (bits == 0))).flatten(1).any(1)
+        assert possible.float().mean() < .01
+    test = mnist(train=False)
+    grey = test.data[test.targets.argsort(stable=True)].unsqueeze(1)
+    bits = load('mnist_fixed', 'test').pixels
+    assert not (((grey == 0) & (bits == 1)) | ((grey == 255) & (bits == 0))).any()
+
+
+@needs_real
+def test_real_independent_pixels():
+    "The surrogate stands in well: independent pixels cost the same within a nat"
+    def nats(name):
+        train, valid = load(name, 'train'), load(name, 'valid')
+        p = ((train.mean()*len(train) + 1) / (len(train) + 2)).flatten()
+        x = valid.batch(torch.arange(len(valid))).flatten(1)
+        return -(x*p.log() + (1 - x)*(1 - p).log()).sum(1).mean().item()
+    assert 203 < nats('mnist_fixed') < 209
+
+
+# Other people's images
+
+def save(folder, name, mode='L', size=(6, 4), value=100, **options):
+    path = folder/name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path, **options)
+    return path
+
+
+def test_formats_and_order(tmp_path):
+    for i, suffix in enumerate(['png', 'jpg', 'JPEG', 'gif', 'bmp', 'tif', 'tiff', 'webp']): save(tmp_path, f'train/{i}.{suffix}', 'RGB', value=(20*i,)*3)
+    for split in ('valid', 'test'): save(tmp_path, f'{split}/a.png')
+    (tmp_path/'train/notes.txt').write_text('not an image')
+    save(tmp_path, 'train/.hidden.png', size=(1, 1))
+    images = image_folder(tmp_path, 'train')
+    assert images.shape == (3, 4, 6) and len(images) == 8 and images.split == 'train'
+    assert torch.allclose(images.pixels.float().mean((1, 2, 3)), 20*torch.arange(8.), atol=2)
+    assert 'JPEG' in images.note and tmp_path.name in images.note
+
+
+def test_zip_is_read_like_the_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path/'photos'
+    for i in range(25):
+        path = folder/f'class {i % 3}'/f'é{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (5, 7), dtype=np.uint8)).save(path)
+    with zipfile.ZipFile(tmp_path/'p.zip', 'w') as archive:
+        for path in folder.rglob('*'):
+            archive.write(path, path.relative_to(tmp_path))
+            if path.is_file():
+                archive.writestr(f'__MACOSX/{path.relative_to(tmp_path).parent}/{path.name}', b'junk')
+                archive.writestr(f'{path.relative_to(tmp_path).parent}/._{path.name}', b'junk')
+    for split, count in zip(SPLITS, (21, 2, 2)):
+        a, b = image_folder(folder, split), image_folder(tmp_path/'p.zip', split)
+        assert len(a) == count and a.shape == (1, 5, 7) and a.checksum == b.checksum
+
+
+def test_missing_valid_is_cut_from_train(tmp_path):
+    for i in range(30): save(tmp_path, f'train/{i}.png', value=i)
+    for i in range(4): save(tmp_path, f'test/{i}.png', value=200 + i)
+    values = {split: image_folder(tmp_path, split).pixels[:, 0, 0, 0].tolist() for split in SPLITS}
+    assert values['test'] == [200, 201, 202, 203] and len(values['valid']) == 3
+    assert sorted(values['train'] + values['valid']) == list(range(30))
+
+
+def test_cut_is_the_same_for_ever():
+    cut = split_files([f'{i}.png' for i in range(20)])
+    assert (cut['valid'], cut['test']) == (['0.png', '4.png'], ['16.png', '3.png'])
+
+
+def test_linked_folders_are_followed(tmp_path):
+    for name in 'abc': save(tmp_path, f'elsewhere/{name}.png')
+    (tmp_path/'here').mkdir()
+    (tmp_path/'here/link').symlink_to(tmp_path/'elsewhere')
+    assert len(image_folder(tmp_path/'here', 'train')) == 1
+
+
+@pytest.fixture
+def three(tmp_path):
+    "A folder with a plain image in valid and test, so that `train` can hold the one under test"
+    for split in ('valid', 'test'): save(tmp_path, f'{split}/plain.png', size=(2, 1))
+    (tmp_path/'train').mkdir()
+    return tmp_path
+
+
+def test_sixteen_bits(three):
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(three/'train/a.png')
+    Image.fromarray(np.array([[32768, 65407]], np.uint16)).save(three/'train/b.tiff')
+    images = image_folder(three, 'train')
+    assert images.pixels.flatten().tolist() == [0, 255, 128, 255] and images.shape == (1, 1, 2)
+    assert image_folder(three, 'train', channels=3).shape == (3, 1, 2)
+
+
+def test_floats(three):
+    Image.fromarray(np.array([[0, 1]], np.float32)).save(three/'train/a.tiff')
+    assert image_folder(three, 'train').pixels.flatten().tolist() == [0, 255]
+    for bad in ([[0, 1.5]], [[-.1, 1]], [[float('nan'), 1]]):
+        Image.fromarray(np.array(bad, np.float32)).save(three/'train/b.tiff')
+        with pytest.raises(ValueError, match=r'outside 0\.\.1') as error: image_folder(three, 'train')
+        assert one_line(error) and 'b.tiff' in str(error.value)
+
+
+def test_palette_and_alpha(three):
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), 'P')
+    palette.putpalette([10, 10, 10, 250, 250, 250])
+    palette.save(three/'train/a.png')
+    Image.fromarray(np.array([[[200, 255], [200, 0]]], np.uint8), 'LA').save(three/'train/b.png')
+    images = image_folder(three, 'train')
+    assert images.pixels.flatten().tolist() == [10, 250, 200, 0]   # grey palettes are grey; transparency lies on black
+    Image.fromarray(np.array([[[255, 0, 0, 255], [255, 255, 255, 0]]], np.uint8), 'RGBA').save(three/'train/c.png')
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.save(three/'train/d.png', transparency=1)
+    images = image_folder(three, 'train')
+    assert images.shape == (3, 1, 2)
+    assert images.pixels[2].flatten().tolist() == images.pixels[3].flatten().tolist() == [255, 0, 0, 0, 0, 0]
+
+
+def test_channels_agree_between_splits(three):
+    save(three, 'train/grey.png', size=(2, 1))
+    save(three, 'test/colour.png', 'RGB', size=(2, 1), value=(1, 2, 3))
+    assert image_folder(three, 'train').shape == (3, 1, 2)
+    assert image_folder(three, 'test', channels=1).shape == (1, 1, 2)
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'tiff'])
+def test_photographs_are_turned_upright(three, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6   # turn by 90 degrees to see it upright
+    image = Image.new('L', (16, 32))
+    image.paste(255, (0, 0, 16, 16))
+    image.save(three/f'train/a.{suffix}', exif=exif)
+    for split in ('valid', 'test'): save(three, f'{split}/plain.png', size=(32, 16))
+    pixels = image_folder(three, 'train').pixels[0, 0]
+    assert pixels.shape == (16, 32) and pixels[:, 20:].min() > 200 and pixels[:, :12].max() < 50
+
+
+def test_first_frame(three):
+    frames = [Image.new('L', (2, 1), v) for v in (30, 220)]
+    frames[0].save(three/'train/a.gif', save_all=True, append_images=frames[1:])
+    assert image_folder(three, 'train').pixels.flatten().tolist() == [30, 30]
+
+
+@pytest.mark.parametrize('mode', ['L', 'I;16', 'F'])
+def test_resize_keeps_the_middle(tmp_path, mode):
+    "A 40 x 80 image, black, with a white middle of 40 x 40, which is all that a square keeps; a half keeps its mean"
+    scale, dtype = {'L': (255, np.uint8), 'I;16': (65535, np.uint16), 'F': (1, np.float32)}[mode]
+    values = np.zeros((40, 80))
+    values[:, 20:60] = scale
+    values[:20] = 0
+    for name in 'abc': Image.fromarray(values.astype(dtype)).save(tmp_path/f'{name}.tiff')
+    images = image_folder(tmp_path, 'train', size=10)
+    assert images.shape == (1, 10, 10)
+    assert images[0][0, :4].max() == 0 and images[0][0, 6:, 1:-1].min() == 1 and abs(images[0].mean() - .5) < .02
+    assert image_folder(tmp_path, 'train', size=(20, 40)).shape == (1, 20, 40)
+
+
+def png_header(width, height):
+    def chunk(kind, body): return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
+
+
+@pytest.mark.parametrize('side', [10_000, 60_000])
+@pytest.mark.parametrize('packed', [False, True])
+def test_absurdly_large(three, side, packed):
+    (three/'train/huge.png').write_bytes(png_header(side, side))
+    path = three
+    if packed:
+        path = three/'all.zip'
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name in ('train/huge.png', 'valid/plain.png', 'test/plain.png'): archive.write(three/name, name)
+    with pytest.raises(ValueError, match='decompression bomb') as error: image_folder(path, 'train', size=8)
+    assert one_line(error) and 'train/huge.png' in str(error.value)
+
+
+def test_too_many_pixels(tmp_path, monkeypatch):
+    for name in 'abcd': save(tmp_path, f'{name}.png', size=(10, 10))
+    monkeypatch.setattr(data, 'MEMORY', 199)
+    with pytest.raises(ValueError, match='smaller size') as error: image_folder(tmp_path, 'train')
+    assert one_line(error)
+    assert len(image_folder(tmp_path, 'train', size=5)) == 2
+
+
+def test_unreadable(three):
+    for content in (b'', b'no image', png_header(2, 1), save(three, 'whole.png', 'RGB', (50, 50), (1, 2, 3)).read_bytes()[:60]):
+        (three/'whole.png').unlink(missing_ok=True)
+        (three/'train/bad.png').write_bytes(content)
+        with pytest.raises(ValueError, match='cannot be used as an image') as error: image_folder(three, 'train', size=4)
+        assert one_line(error) and 'train/bad.png' in str(error.value)
+
+
+def test_encrypted_and_damaged_zip(tmp_path):
+    for name in 'abc': save(tmp_path, f'{name}.png', size=(40, 40))
+    with zipfile.ZipFile(tmp_path/'z.zip', 'w') as archive:
+        for name in 'abc': archive.write(tmp_path/f'{name}.png', f'{name}.png')
+    whole = (tmp_path/'z.zip').read_bytes()
+    flagged = bytearray(whole)
+    flagged[6] |= 1   # the bit that says "encrypted", in the first local header and the first entry of the directory
+    flagged[whole.index(b'PK\x01\x02') + 8] |= 1
+    for broken in (bytes(flagged), whole.replace(b'IDAT', b'XXXX'), whole[len(whole)//2:], whole.replace(b'PK\x01\x02', b'PK\x00\x00')):
+        (tmp_path/'z.zip').write_bytes(broken)
+        with pytest.raises(ValueError) as error: image_folder(tmp_path/'z.zip', 'train')
+        assert one_line(error)
+
+
+def test_mixed_sizes(tmp_path):
+    for name, size in dict(a=(6, 4), b=(6, 4), c=(4, 6)).items(): save(tmp_path, f'{name}.png', size=size)
+    with pytest.raises(ValueError, match='a.png is 4 x 6, c.png is 6 x 4') as error: image_folder(tmp_path, 'test')
+    assert one_line(error)
+
+
+def test_paths_and_options(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no such folder') as error: image_folder(tmp_path/'nowhere', 'train')
+    assert one_line(error)
+    with pytest.raises(ValueError, match='no images') as error: image_folder(tmp_path, 'train')
+    assert one_line(error)
+    (tmp_path/'a.zip').write_text('text')
+    with pytest.raises(ValueError, match='neither a folder nor a zip'): image_folder(tmp_path/'a.zip', 'train')
+    for wrong in (dict(size=0), dict(size=(1, 2, 3)), dict(channels=2)):
+        with pytest.raises(ValueError, match=next(iter(wrong))): image_folder(tmp_path, 'train', **wrong)
+    with pytest.raises(ValueError, match='unknown split'): image_folder(tmp_path, 'val')
+
+
+@pytest.mark.skipif(not (REAL.parent/'cifar10_jpeg.zip').is_file(), reason='needs DRAW_DATA to name a folder with cifar10_jpeg.zip')
+def test_cifar_zip():
+    images = image_folder(REAL.parent/'cifar10_jpeg.zip', 'test')
+    assert len(images) == 10_000 and images.shape == (3, 32, 32) and 'JPEG' in images.note
+    assert torch.allclose(images.mean().mean((1, 2)), torch.tensor([.4942, .4851, .4504]), atol=2e-3)

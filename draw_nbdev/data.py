@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'MNIST_MD5', 'FIXED_URL', 'FIXED_MD5', 'FIXED_FILE', 'PATIE
            'FOLDER_SPLITS', 'Images', 'data_root', 'mnist', 'RedrawnImages', 'load', 'mnist_digits', 'split_files',
            'image_folder']
 
-# %% ../nbs/50_data.ipynb #6a00223b
+# %% ../nbs/50_data.ipynb #863445d0
 import errno, functools, hashlib, io, lzma, os, queue, unicodedata, warnings, zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,13 +23,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# %% ../nbs/50_data.ipynb #109e918d
+# %% ../nbs/50_data.ipynb #8306775a
 SPLITS = 'train', 'valid', 'test'
 
 class Images:
     "A split of a data set: uint8 pixels in memory, handed out as float batches between 0 and 1"
     def __init__(self,
-        pixels: Tensor, # Shape (count, channels, height, width): uint8 from 0 to `levels`, or floats from 0 to 1, which are rounded to steps of 1/255
+        pixels: Tensor, # Shape (count, channels, height, width): uint8 from 0 to `levels`, or floats from 0 to 1 (kept as 8 bits)
         name: str, # Name of the data set
         split: str, # 'train', 'valid' or 'test'
         note: str = '', # One sentence on where the pixels come from, to be shown beside every number
@@ -79,15 +79,16 @@ class Images:
 
     def __repr__(self):
         channels, height, width = self.shape
-        return f'{self.name}, {self.split}: {len(self):,} images of {channels} x {height} x {width}' + (f' ({self.note})' if self.note else '')
+        note = f' ({self.note})' if self.note else ''
+        return f'{self.name}, {self.split}: {len(self):,} images of {channels} x {height} x {width}{note}'
 
-# %% ../nbs/50_data.ipynb #ec6f8aab
+# %% ../nbs/50_data.ipynb #bbaf8302
 def data_root() -> Path: # $DRAW_DATA if set, else the cache of this user
     "The folder of all data sets"
     chosen = os.environ.get('DRAW_DATA')
     return Path(chosen).expanduser() if chosen else _cache()
 
-# %% ../nbs/50_data.ipynb #95e9f5ee
+# %% ../nbs/50_data.ipynb #cac3f135
 def _md5(data) -> str:
     "MD5 of anything that holds bytes: a checksum, not a safeguard"
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
@@ -103,7 +104,7 @@ def _places(root: str | Path | None) -> list[Path]:
 def _write(path: Path, data: bytes):
     "Write a whole file or none: other processes never see a part of it, and of several writers the last one wins"
     nearest = next(folder for folder in path.parents if folder.exists())
-    if not nearest.stat().st_mode & 0o222: raise PermissionError(errno.EACCES, 'marked read-only')   # a mark that would not stop the superuser
+    if not nearest.stat().st_mode & 0o222: raise PermissionError(errno.EACCES, 'marked read-only')   # which would not stop the superuser
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{uuid4().hex}')
     try:
@@ -124,17 +125,19 @@ def _write_somewhere(
         except OSError as error: reasons.append(f'{place}: {error.strerror or error}')
     raise OSError(f'no data folder can be written to ({"; ".join(reasons)}); set DRAW_DATA to one that can')
 
-# %% ../nbs/50_data.ipynb #a5f47729
+# %% ../nbs/50_data.ipynb #30d0aab9
 MNIST_MD5 = {
     'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb', 'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
     't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea', 't10k-labels-idx1-ubyte': '27ae3e4e09519cfbb04c329615203637'}
 
 def _unpack(name: str) -> bytes:
     "One IDX file of MNIST out of the package"
-    try: data = lzma.decompress(files('draw_nbdev').joinpath('assets', f'{name}.xz').read_bytes())
-    except (OSError, lzma.LZMAError) as error: raise ValueError(f'the MNIST inside draw_nbdev is damaged ({name}: {error}); install draw_nbdev again') from None
-    if _md5(data) != MNIST_MD5[name]: raise ValueError(f'the MNIST inside draw_nbdev is damaged ({name}: wrong MD5); install draw_nbdev again')
-    return data
+    try:
+        data = lzma.decompress(files('draw_nbdev').joinpath('assets', f'{name}.xz').read_bytes())
+        if _md5(data) != MNIST_MD5[name]: raise ValueError('wrong MD5')
+        return data
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        raise ValueError(f'the MNIST inside draw_nbdev is damaged ({name}: {error}); install draw_nbdev again') from None
 
 def _mnist_place(root: str | Path | None) -> Path:
     "The folder that has MNIST/raw with all four files, unpacked there if need be"
@@ -146,7 +149,7 @@ def _mnist_place(root: str | Path | None) -> Path:
         if all(path.is_file() for path in raw.values()): return place
     return _write_somewhere({f'MNIST/raw/{name}': _unpack(name) for name in MNIST_MD5}, root)
 
-# %% ../nbs/50_data.ipynb #0c4abcf0
+# %% ../nbs/50_data.ipynb #d9e26b48
 def mnist(
     train: bool = True, # The 60,000 training digits, or the 10,000 test digits
     root: str | Path | None = None, # Data folder; `data_root()` if None
@@ -155,7 +158,7 @@ def mnist(
     from torchvision.datasets import MNIST   # here, not above: it takes over a second to import, and the command line should answer at once
     return MNIST(_mnist_place(root), train=train, download=False)
 
-# %% ../nbs/50_data.ipynb #f7be8107
+# %% ../nbs/50_data.ipynb #f1990027
 def _grey_pixels(split: str, root: str | Path | None) -> Tensor: # Shape (count, 1, 28, 28), uint8
     "The grey digits of one split"
     pixels = mnist(split != 'test', root).data.unsqueeze(1)
@@ -167,7 +170,7 @@ def _drawn_once(split: str, root: str | Path | None) -> Tensor: # Shape (count, 
     thresholds = np.random.RandomState(SPLITS.index(split)).randint(0, 255, size=grey.shape, dtype=np.uint8)
     return (torch.from_numpy(thresholds) < grey).to(torch.uint8)
 
-# %% ../nbs/50_data.ipynb #8a4e22d3
+# %% ../nbs/50_data.ipynb #f8a5f0c3
 class RedrawnImages(Images):
     "Binary images drawn afresh for every batch, with the pixels held as probabilities"
     def batch(self,
@@ -177,9 +180,10 @@ class RedrawnImages(Images):
         "The images at `indices`, each pixel a new draw"
         return torch.bernoulli(super().batch(indices), generator=generator)
 
-# %% ../nbs/50_data.ipynb #4919a8d5
+# %% ../nbs/50_data.ipynb #4d5c9cb6
 FIXED_URL = 'http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/'
-FIXED_MD5 = {'train': '8d4f0427d6c2572b5e9994e08bad66de', 'valid': '3e33becd40c694040e5e6c812e2f4b50', 'test': 'fc34623e13bd64fed2f8b61365198339'}
+FIXED_MD5 = {
+    'train': '8d4f0427d6c2572b5e9994e08bad66de', 'valid': '3e33becd40c694040e5e6c812e2f4b50', 'test': 'fc34623e13bd64fed2f8b61365198339'}
 FIXED_FILE = 'binarized_mnist.npz'
 PATIENCE = 5   # seconds to wait for an answer from the network
 
@@ -234,7 +238,8 @@ def _fixed_pixels(split: str, root: str | Path | None) -> Tensor: # Shape (count
     try:
         with np.load(here[0], allow_pickle=False) as stored: bits = np.ascontiguousarray(np.unpackbits(stored[split], axis=1))
         if _md5(bits) != FIXED_MD5[split]: raise ValueError('wrong MD5')
-    except Exception as error: raise ValueError(f'{here[0]} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
+    except Exception as error:
+        raise ValueError(f'{here[0]} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
     return torch.from_numpy(bits).view(-1, 1, 28, 28)
 
 @functools.cache
@@ -243,7 +248,7 @@ def _has_fixed(root: Path) -> bool:
     try: return bool(load('mnist_fixed', 'test', root))
     except FileNotFoundError: return False
 
-# %% ../nbs/50_data.ipynb #4a158f54
+# %% ../nbs/50_data.ipynb #75662557
 MNIST_NOTES = {
     'mnist_fixed': 'fixed binarisation of Salakhutdinov and Murray, in the split of Larochelle',
     'mnist_once': 'surrogate for the fixed binarisation: MNIST binarised once from a fixed seed',
@@ -264,7 +269,7 @@ def load(
     if name == 'mnist_redrawn' and split == 'train': return RedrawnImages(_grey_pixels(split, root), name, split, note)
     return Images(_drawn_once(split, root), name, split, note, levels=1)
 
-# %% ../nbs/50_data.ipynb #a60bdc16
+# %% ../nbs/50_data.ipynb #ebff730a
 def mnist_digits(
     split: str, # 'train' (50,000 images), 'valid' (10,000) or 'test' (10,000)
     root: str | Path | None = None, # Data folder; `data_root()` if None
@@ -272,7 +277,7 @@ def mnist_digits(
     "`mnist_fixed`, or `mnist_once` where that cannot be had"
     return load('mnist_fixed' if _has_fixed(_places(root)[0]) else 'mnist_once', split, root)
 
-# %% ../nbs/50_data.ipynb #3631b507
+# %% ../nbs/50_data.ipynb #2c9fd878
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.webp'}
 MEMORY = 2**34   # bytes that a set of images may take
 FOLDER_SPLITS = {'train': 'train', 'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'test': 'test'}
@@ -292,9 +297,8 @@ def _image_files(path: Path) -> Iterator[tuple[list[str], Callable]]:
 
 def _only_images(names: list[str]) -> list[str]:
     "Drop what is no image or hidden, such as the __MACOSX folder in zips made by macOS"
-    parts = {name: PurePosixPath(name).parts for name in names}
-    return sorted(name for name, steps in parts.items()
-                  if PurePosixPath(name).suffix.lower() in SUFFIXES and not any(step.startswith('.') or step == '__MACOSX' for step in steps))
+    def is_image(path): return path.suffix.lower() in SUFFIXES and not any(step.startswith('.') or step == '__MACOSX' for step in path.parts)
+    return sorted({name for name in names if is_image(PurePosixPath(name))})
 
 def _below_shared_folders(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     "Drop leading folders that all paths share, but keep one that names a split"
@@ -302,7 +306,7 @@ def _below_shared_folders(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]
         paths = [steps[1:] for steps in paths]
     return paths
 
-# %% ../nbs/50_data.ipynb #3afcac9a
+# %% ../nbs/50_data.ipynb #0227931e
 def split_files(
     names: list[str], # Paths of images below one folder, with forward slashes
 ) -> dict[str, list[str]]: # 'train', 'valid' and 'test' -> sorted names
@@ -312,16 +316,17 @@ def split_files(
     for name, steps in below.items(): splits.setdefault(FOLDER_SPLITS.get(steps[0].lower()) if len(steps) > 1 else None, []).append(name)
     if not splits.keys() & set(SPLITS): splits = {'train': names}
     missing = [split for split in SPLITS if split not in splits]
-    if 'train' in missing: raise ValueError(f'there is a folder for {" and ".join(splits.keys() & set(SPLITS))} but none for train; add a folder train')
+    if 'train' in missing: raise ValueError(f'there are images in {" and ".join(s for s in SPLITS if s in splits)} but no folder train; add one')
     pool = splits['train']
-    if len(pool) <= len(missing): raise ValueError(f'{len(pool)} images are too few to cut {" and ".join(missing)} from them; give {len(missing) + 1} or more')
+    if len(pool) <= len(missing):
+        raise ValueError(f'too few images ({len(pool)}) to cut {" and ".join(missing)} from them; give {len(missing) + 1} or more')
     ranked = sorted(pool, key=lambda name: _md5(unicodedata.normalize('NFC', '/'.join(below[name])).encode('utf-8', 'surrogateescape')))
     tenth = max(1, len(pool)//10)
     for k, split in enumerate(missing): splits[split] = ranked[k*tenth:(k + 1)*tenth]
     splits['train'] = ranked[len(missing)*tenth:]
     return {split: sorted(splits[split]) for split in SPLITS}
 
-# %% ../nbs/50_data.ipynb #bd010283
+# %% ../nbs/50_data.ipynb #2777d3a6
 @contextmanager
 def _opened(path: Path, open_file: Callable, name: str) -> Iterator[Image.Image]:
     "An image turned upright, with every failure while it is read made into one line"
@@ -331,7 +336,8 @@ def _opened(path: Path, open_file: Callable, name: str) -> Iterator[Image.Image]
             image = Image.open(stream)
             if 'exif' in image.info: ImageOps.exif_transpose(image, in_place=True)
             yield image
-    except Exception as error: raise ValueError(f'{path}: {name} cannot be used as an image ({_one_line(error)}); mend or remove it') from None
+    except Exception as error:
+        raise ValueError(f'{path}: {name} cannot be used as an image ({_one_line(error)}); mend or remove it') from None
 
 def _is_grey(image: Image.Image) -> bool:
     "Whether the mode of an image, or its palette, has no colours"
@@ -343,7 +349,8 @@ def _to_bytes(image: Image.Image, channels: int, size: tuple[int, int] | None) -
     "The pixels of an image"
     if image.mode[0] in 'IF':   # 16 or 32 bits a pixel
         values = np.asarray(image).astype(np.float32) / (65535 if image.mode[0] == 'I' else 1)
-        if not (values.min() >= 0 and values.max() <= 1): raise ValueError(f'pixel values outside 0..1: from {values.min():g} to {values.max():g}')
+        if not (values.min() >= 0 and values.max() <= 1):   # NaN fails too
+            raise ValueError(f'pixel values outside 0..1: from {values.min():g} to {values.max():g}')
         image = Image.fromarray(values)
     else:
         if image.has_transparency_data: image = Image.alpha_composite(Image.new('RGBA', image.size, 'black'), image.convert('RGBA'))
@@ -353,7 +360,7 @@ def _to_bytes(image: Image.Image, channels: int, size: tuple[int, int] | None) -
     if image.mode == 'F': pixels = (pixels*255).round().astype(np.uint8)
     return np.broadcast_to(np.atleast_3d(pixels).transpose(2, 0, 1), (channels, *pixels.shape[:2]))
 
-# %% ../nbs/50_data.ipynb #92ed51db
+# %% ../nbs/50_data.ipynb #afe7fe98
 def image_folder(
     path: str | Path, # A folder, or a zip file of one
     split: str, # 'train', 'valid' or 'test'
@@ -376,12 +383,13 @@ def image_folder(
             formats.add(image.format)
             if size is None:
                 if name == names[0]: first = shape
-                if shape != first: raise ValueError(f'{path}: images differ in size: {names[0]} is {first[0]} x {first[1]}, {name} is {shape[0]} x {shape[1]} '
-                                                    f'(height x width); give a size to resize them')
+                if shape != first:
+                    raise ValueError(f'{path}: images differ in size: {names[0]} is {first[0]} x {first[1]}, '
+                                     f'{name} is {shape[0]} x {shape[1]} (height x width); give a size to resize them')
         channels = channels or (1 if grey else 3)
         height, width = size or first
         if len(wanted)*channels*height*width > MEMORY:
-            raise ValueError(f'{path}: {len(wanted)} images of {height} x {width} pixels are too much to hold in memory; give a smaller size')
+            raise ValueError(f'{path}: {len(wanted)} images of {height} x {width} pixels are too many bytes to hold; give a smaller size')
         pixels = torch.empty(len(wanted), channels, height, width, dtype=torch.uint8)
         for target, name in zip(pixels.numpy(), wanted):
             with _opened(path, open_file, name) as image: target[:] = _to_bytes(image, channels, size)

@@ -6,8 +6,9 @@
 __all__ = ['SMOKE', 'EXPERIMENTS', 'TABLE_2', 'PAGE', 'Scale', 'Experiment', 'obtain', 'table_2', 'provenance', 'draw_figures',
            'reproduce']
 
-# %% ../nbs/90_reproduce.ipynb #23a12890
+# %% ../nbs/90_reproduce.ipynb #9563c4ba
 import html, json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from .evaluation import Evaluation, evaluate, nearest_images
 from .model import DRAW, DRAWConfig, PRETRAINED, preset
 from .training import TrainOptions, check_folder, read_metrics, train
 
-# %% ../nbs/90_reproduce.ipynb #b9a6f62f
+# %% ../nbs/90_reproduce.ipynb #319464e1
 class Scale(NamedTuple):
     "How large an experiment is run"
     config: DRAWConfig # The network
@@ -43,13 +44,13 @@ EXPERIMENTS = {e.name: e for e in (
                Scale(preset('mnist_no_attention'), TrainOptions(epochs=200))),
 )}
 
-# %% ../nbs/90_reproduce.ipynb #0ea3cf2d
+# %% ../nbs/90_reproduce.ipynb #e1842be4
 TABLE_2 = { # Negative log-likelihood of the binarised MNIST test set in nats per image, as the paper prints it
     'DBM 2hl': '≈ 84.62', 'DBN 2hl': '≈ 84.55', 'NADE': '88.33', 'EoNADE 2hl (128 orderings)': '85.10', 'EoNADE-5 2hl (128 orderings)': '84.68', 'DLGM': '≈ 86.60',
     'DLGM 8 leapfrog steps': '≈ 85.51 (≤ 88.30)', 'DARN 1hl': '≈ 84.13 (≤ 88.30)', 'DARN 12hl': '≤ 87.72', 'DRAW without attention': '≤ 87.40', 'DRAW': '≤ 80.97',
 }
 
-# %% ../nbs/90_reproduce.ipynb #749442d6
+# %% ../nbs/90_reproduce.ipynb #954f53aa
 def obtain(
     experiment: Experiment,
     scale: str, # 'smoke' or 'paper'
@@ -65,7 +66,7 @@ def obtain(
         folder, origin = out / 'best', f'trained here at {scale} scale'
     return DRAW.from_pretrained(folder), {**json.loads((folder / 'training.json').read_text(encoding='utf-8')), 'origin': origin}
 
-# %% ../nbs/90_reproduce.ipynb #4e0133c1
+# %% ../nbs/90_reproduce.ipynb #8b12aaf9
 def table_2(
     results: dict[str, tuple[Evaluation, dict]], # Experiment -> its evaluation on test images and the history of its weights
 ): # A DataFrame: one row per model of the paper
@@ -73,7 +74,7 @@ def table_2(
     import pandas as pd
     columns = {'paper': TABLE_2}
     for name, (result, history) in results.items():
-        column = f'here, {result.data}'
+        column = f'here, {result.data}' + (' (surrogate)' if 'surrogate' in result.note else '')
         columns.setdefault(column, dict.fromkeys(TABLE_2, ''))
         columns[column][EXPERIMENTS[name].row] = f'≤ {result.bound:.2f} ± {result.bound_se:.2f} (T = {result.glimpses}, {history["origin"]})'
     table = pd.DataFrame(columns)
@@ -91,7 +92,7 @@ def provenance(
                           'test data': f'{r.data}, {r.images:,} images: {r.note}', 'test bound': f'{r.bound:.2f} ± {r.bound_se:.2f}',
                           'reconstruction': f'{r.reconstruction:.2f}', 'KL': f'{r.latent:.2f}', 'version': h['version']} for name, (r, h) in results.items()]).set_index('model').T
 
-# %% ../nbs/90_reproduce.ipynb #613f82ff
+# %% ../nbs/90_reproduce.ipynb #177b35b0
 def draw_figures(
     model: DRAW, # The network
     history: dict, # Where its weights come from
@@ -120,7 +121,7 @@ def draw_figures(
     captions[f'drawing_{name}.gif'] = f'The network at work, one frame for each glimpse ({about}).'
     return captions
 
-# %% ../nbs/90_reproduce.ipynb #0300b22f
+# %% ../nbs/90_reproduce.ipynb #ad499434
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>DRAW, reproduced</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
@@ -140,12 +141,13 @@ figure {{ margin: 2rem 0 }} img {{ max-width: 100%; image-rendering: pixelated }
 </body></html>
 '''
 
-# %% ../nbs/90_reproduce.ipynb #aa6bb02d
+# %% ../nbs/90_reproduce.ipynb #c2ea58f8
 def reproduce(
     out: str | Path, # Folder for everything; one that was made before goes on
     scale: str = 'smoke', # 'smoke': minutes; 'paper': Table 3 in full
     seed: int = 0, # Of training and samples
     names: tuple[str, ...] = tuple(EXPERIMENTS), # Which experiments
+    say: Callable[[str], object] = print, # Told what is happening
 ) -> Path: # The page, index.html
     "Every table and figure that this project reproduces; raises `ValueError` for an unknown scale or a folder that holds something else"
     out = Path(out)
@@ -158,15 +160,18 @@ def reproduce(
     results, captions = {}, {}
     for name in names:
         run = out / 'models' / f'{name}-{scale}-seed{seed}'
+        say(f'{name}: looking for weights, or training at {scale} scale')
         model, history = obtain(EXPERIMENTS[name], scale, (train_set, valid_set), run, seed)
         history['name'] = name
+        say(f'{name}: {history["origin"]}; evaluating and drawing')
         results[name] = evaluate(model, test_set), history
         captions.update(draw_figures(model, history, train_set, out, seed))
-        if metrics := read_metrics(run):
+        metrics = read_metrics(run)
+        if sum(row['split'] == 'valid' for row in metrics) > 1:
             plots.save(plots.learning_curves(metrics), out / f'curves_{name}.png')
             captions[f'curves_{name}.png'] = f'Bound on training and validation images, {name} ({history["origin"]}).'
     table, origins = table_2(results), provenance(results)
-    notes = '' if test_set.name == 'mnist_fixed' else f'<p><strong>Surrogate data.</strong> {html.escape(test_set.note)}. These numbers cannot be compared with the paper’s. <code>draw data</code> says which file to put where.</p>'
+    notes = '' if test_set.name == 'mnist_fixed' else f'<p><strong>These numbers are not on the paper’s data.</strong> {html.escape(test_set.name)}: {html.escape(test_set.note)}. They cannot be compared with the paper’s. <code>draw data</code> says which file to put where.</p>'
     write = {'table_2.csv': table.to_csv(),
              'reproduce.json': json.dumps({'scale': scale, 'seed': seed, 'version': __version__, 'results': {n: {'evaluation': asdict(r), 'training': h} for n, (r, h) in results.items()}}, indent=2),
              'index.html': PAGE.format(version=__version__, scale=scale, notes=notes, table=table.to_html(), provenance=origins.to_html(),

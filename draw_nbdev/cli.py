@@ -6,13 +6,13 @@
 __all__ = ['app', 'PRESET', 'MODEL', 'SEED', 'DATA', 'IMAGES', 'SIZE', 'GLIMPSES', 'find_data', 'write_json', 'parse_glimpses',
            'train_command', 'evaluate_command', 'generate_command', 'reproduce_command', 'data_command', 'main']
 
-# %% ../nbs/85_cli.ipynb #91feb306
-import json, sys
+# %% ../nbs/85_cli.ipynb #f4893a6c
+import json, os, sys
 from pathlib import Path
 from typing import Annotated
 import typer
 
-# %% ../nbs/85_cli.ipynb #e08161b3
+# %% ../nbs/85_cli.ipynb #6122bf6b
 app = typer.Typer(help='DRAW, a recurrent neural network that generates images in steps: train it, evaluate it, watch it draw.', no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 PRESET = Annotated[str, typer.Argument(help='Sizes of the network: mnist, mnist_no_attention, svhn, cifar10 or two_digits.')]
@@ -25,7 +25,8 @@ GLIMPSES = Annotated[int | None, typer.Option(help="Steps, T. Default: the netwo
 
 def find_data(name, images, size, split):
     "The split that --data or --images means"
-    from draw_nbdev.data import image_folder, load, mnist_digits
+    from draw_nbdev.data import load, mnist_digits
+    from draw_nbdev.images import image_folder
     if images is not None:
         if name is not None: raise ValueError('--data and --images are both given: choose one')
         return image_folder(images, split, size=size)
@@ -40,7 +41,7 @@ def write_json(path, values):
     partial.write_text(json.dumps(values, indent=2), encoding='utf-8')
     partial.replace(path)
 
-# %% ../nbs/85_cli.ipynb #f3910edc
+# %% ../nbs/85_cli.ipynb #99f4a103
 def parse_glimpses(
     text: str, # '64', or stages '16:10,32:10,64:80' as glimpses:epochs
     epochs: int | None, # Given beside it, or None
@@ -93,17 +94,18 @@ def train_command(
     if images is None and not preset.startswith('mnist'): raise ValueError(f'preset {preset} has no data set of its own yet: give --images FOLDER_OR_ZIP')
     train_set, valid_set = (find_data(data, images, size, split) for split in ('train', 'valid'))
     if images is not None: config = find_preset(preset, **{**changes, **dict(zip(('channels', 'height', 'width'), train_set.shape)), 'layer_norm': layer_norm})
-    typer.echo(f'{train_set}\n{config}\n{sum(p.numel() for p in _parameters(config)):,} parameters, {options.epochs} epochs of {len(train_set) // options.batch_size} updates, into {out}', err=True)
+    say = typer.echo if os.environ.get('RANK', '0') == '0' else lambda *_, **__: None # one of several processes speaks
+    say(f'{train_set}\n{config}\n{sum(p.numel() for p in _parameters(config)):,} parameters, {options.epochs} epochs of {len(train_set) // options.batch_size} updates, into {out}', err=True)
     train(config, train_set, valid_set, out, options)
     for row in read_metrics(out):
-        if row['split'] == 'valid': typer.echo(f'epoch {row["epoch"] + 1}: {row["bound"]:.2f} nats on {valid_set.name} valid (reconstruction {row["reconstruction"]:.2f}, KL {row["latent"]:.2f}, T = {row["glimpses"]})')
-    typer.echo(f'weights: {out / "best"}')
+        if row['split'] == 'valid': say(f'epoch {row["epoch"] + 1}: {row["bound"]:.2f} nats on {valid_set.name} valid (reconstruction {row["reconstruction"]:.2f}, KL {row["latent"]:.2f}, T = {row["glimpses"]})')
+    say(f'weights: {out / "best"}')
 
 def _parameters(config):
     from draw_nbdev.model import DRAW
     return DRAW(config).parameters()
 
-# %% ../nbs/85_cli.ipynb #4bcacbe7
+# %% ../nbs/85_cli.ipynb #f5c1b65e
 @app.command('evaluate')
 def evaluate_command(
     model: MODEL,
@@ -134,7 +136,7 @@ def evaluate_command(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
 
-# %% ../nbs/85_cli.ipynb #13706d91
+# %% ../nbs/85_cli.ipynb #e0c09ff0
 @app.command('generate')
 def generate_command(
     model: MODEL,
@@ -163,7 +165,7 @@ def generate_command(
     plots.animation(canvases, out / 'drawing.gif', windows, size)
     for name in ('samples.png', 'sequence.png', 'drawing.gif'): typer.echo(out / name)
 
-# %% ../nbs/85_cli.ipynb #5141a483
+# %% ../nbs/85_cli.ipynb #0b52f3fd
 @app.command('reproduce')
 def reproduce_command(
     scale: Annotated[str, typer.Option(help='smoke: minutes, from packaged weights or small networks; paper: Table 3 in full, days on a CPU.')] = 'smoke',
@@ -172,17 +174,16 @@ def reproduce_command(
 ):
     "Recompute the tables and figures of the paper into one page."
     from draw_nbdev.reproduce import reproduce
-    page = reproduce(out, scale, seed)
-    typer.echo(page)
+    typer.echo(reproduce(out, scale, seed, say=lambda line: typer.echo(line, err=True)))
 
-# %% ../nbs/85_cli.ipynb #d911ba9b
+# %% ../nbs/85_cli.ipynb #4abbce3f
 @app.command('data')
 def data_command():
     "List the data sets: where they are, or what to put where."
     from draw_nbdev.data import data_sets
     for name, state, note in data_sets(): typer.echo(f'{name:14} {state}\n{"":14} {note}')
 
-# %% ../nbs/85_cli.ipynb #8e8b0ccf
+# %% ../nbs/85_cli.ipynb #94663dd2
 def main():
     "The command `draw`"
     try: sys.exit(app(standalone_mode=False))

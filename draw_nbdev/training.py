@@ -6,15 +6,17 @@
 __all__ = ['TrainOptions', 'learning_rate', 'kl_weight', 'glimpses_at', 'generator_for', 'moving_average', 'save_state',
            'load_state', 'save_weights', 'check_folder', 'open_run', 'read_metrics', 'keep_metrics', 'train', 'Log']
 
-# %% ../nbs/60_training.ipynb #62d7699c
+# %% ../nbs/60_training.ipynb #9adb47ba
 import json, os, shutil
 from dataclasses import asdict, dataclass, replace
 from math import cos, isfinite, pi
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter, process_time
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
@@ -22,9 +24,9 @@ from . import __version__
 from .data import Images
 from .evaluation import evaluate
 from .loss import bound
-from .model import DRAW, DRAWConfig
+from .model import DRAW, DRAWConfig, explained
 
-# %% ../nbs/60_training.ipynb #b064e85b
+# %% ../nbs/60_training.ipynb #42d061e9
 @dataclass(frozen=True)
 class TrainOptions:
     "Everything that shapes a run beside the network and the data; raises `ValueError` for values that make no run"
@@ -57,7 +59,7 @@ class TrainOptions:
         if any(len(stage) != 2 or min(stage) < 1 for stage in self.growth): raise ValueError(f'growth needs pairs of glimpses and epochs, each at least 1, got {self.growth}')
         if sum(epochs for _, epochs in self.growth) >= self.epochs and self.growth: raise ValueError(f'growth takes {sum(e for _, e in self.growth)} epochs and must leave at least one of {self.epochs} for the full number of glimpses')
 
-# %% ../nbs/60_training.ipynb #2123b322
+# %% ../nbs/60_training.ipynb #9a77d2d2
 def learning_rate(
     options: TrainOptions,
     step: int, # Updates done so far
@@ -86,7 +88,7 @@ def glimpses_at(
         epoch -= epochs
     return full
 
-# %% ../nbs/60_training.ipynb #8c36e8ce
+# %% ../nbs/60_training.ipynb #856da289
 def generator_for(
     seed: int, # Of the run
     stream: int, # Which purpose
@@ -95,7 +97,7 @@ def generator_for(
     "The source of randomness for one purpose at one moment of a run"
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]))
 
-# %% ../nbs/60_training.ipynb #b7b29b50
+# %% ../nbs/60_training.ipynb #62a21151
 def moving_average(decay):
     "An exponential moving average for `AveragedModel`, whose decay rises to `decay` over the first updates"
     @torch.no_grad()
@@ -103,16 +105,17 @@ def moving_average(decay):
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count.item()) / (10 + count.item())))
     return update
 
-# %% ../nbs/60_training.ipynb #06787b3b
+# %% ../nbs/60_training.ipynb #bb11b06e
 def save_state(accelerator, averaged, progress, out):
     "Write state-NUMBER completely or not at all, then remove older ones"
     final, partial = out / f'state-{progress["step"]:08d}', out / 'state.tmp'
     if accelerator.is_main_process: shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(partial)
+    with explained(OSError, f'{out} cannot be written to', SafetensorError, RuntimeError): accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_file({k: v.contiguous() for k, v in averaged.state_dict().items()}, partial / 'averaged.safetensors')
+        with explained(OSError, f'{out} cannot be written to', SafetensorError):
+            save_file({k: v.contiguous() for k, v in averaged.state_dict().items()}, partial / 'averaged.safetensors')
         (partial / 'progress.json').write_text(json.dumps(progress), encoding='utf-8')
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
@@ -124,27 +127,28 @@ def load_state(accelerator, averaged, out):
     "Go on from the newest state: its progress, or None where there is none"
     states = sorted(out.glob('state-*'))
     if not states: return None
-    accelerator.load_state(states[-1])
-    averaged.load_state_dict(load_file(states[-1] / 'averaged.safetensors'))
-    return json.loads((states[-1] / 'progress.json').read_text(encoding='utf-8'))
+    with explained(ValueError, f'{states[-1]} is damaged: remove it to begin again', SafetensorError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError):
+        accelerator.load_state(states[-1])
+        averaged.load_state_dict(load_file(states[-1] / 'averaged.safetensors'))
+        return json.loads((states[-1] / 'progress.json').read_text(encoding='utf-8'))
 
 def save_weights(model, folder, history):
     "Write model.safetensors, config.json and training.json, which says where the weights come from, each replaced in one move"
     partial = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    with explained(OSError, f'{folder} cannot be written to', SafetensorError): model.save_pretrained(partial)
     (partial / 'training.json').write_text(json.dumps(history, indent=2), encoding='utf-8')
     folder.mkdir(exist_ok=True)
     for file in partial.iterdir(): os.replace(file, folder / file.name)
     partial.rmdir()
 
-# %% ../nbs/60_training.ipynb #097c8dc3
+# %% ../nbs/60_training.ipynb #0903e309
 def check_folder(
     out: Path, # Where something is about to be written
     marker: str, # File that says a folder was made for this, such as run.json
 ) -> None:
     "Raise `ValueError` if `out` holds something else, so that nobody's files are overwritten"
-    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(file.name != f'{marker}.tmp' for file in out.iterdir())):
         raise ValueError(f'{out} exists and is not a folder with a {marker}: choose another --out, or remove it')
 
 def open_run(out, description, write):
@@ -181,7 +185,7 @@ def keep_metrics(out, step):
     partial.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
     partial.replace(out / 'metrics.jsonl')
 
-# %% ../nbs/60_training.ipynb #511b6d84
+# %% ../nbs/60_training.ipynb #b04baea0
 def train(
     config: DRAWConfig, # The network
     train_set: Images, # Images to learn from
@@ -193,13 +197,15 @@ def train(
     o, out = options, Path(out)
     if train_set.shape != (config.channels, config.height, config.width): raise ValueError(f'images of shape {train_set.shape} do not fit a network for {(config.channels, config.height, config.width)}')
     if len(train_set) < o.batch_size: raise ValueError(f'{len(train_set)} training images are fewer than one batch of {o.batch_size}: choose a smaller batch size')
-    accelerator = Accelerator(mixed_precision=o.precision)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=o.precision)
     if o.batch_size % accelerator.num_processes: raise ValueError(f'a batch of {o.batch_size} does not divide among {accelerator.num_processes} processes')
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     main = accelerator.is_main_process
     description = {'config': asdict(config), 'options': json.loads(json.dumps(asdict(o))), 'version': __version__,
                    'data': {'name': train_set.name, 'note': train_set.note, 'train': train_set.checksum, 'valid': valid_set.checksum}}
-    open_run(out, description, write=main)
+    open_run(out, description, write=False)
+    accelerator.wait_for_everyone() # nobody writes before everybody has looked
+    if main: open_run(out, description, write=True)
 
     torch.manual_seed(o.seed)
     model = DRAW(config).start_from(train_set.mean()).to(accelerator.device)
@@ -211,6 +217,7 @@ def train(
     if main: keep_metrics(out, progress['step'])
     log = Log(out, progress['step']) if main else None
     clock = perf_counter(), progress['step']
+    diverged = f'the bound is no longer finite: choose a lower learning rate; {out} keeps the last good state'
     began, cpu_began = perf_counter() - progress['seconds'], process_time() - progress['cpu_seconds']
 
     for step in tqdm(range(progress['step'], total), initial=progress['step'], total=total, disable=None if main else True, unit='updates'):
@@ -233,11 +240,12 @@ def train(
         done = step + 1
         if done % o.log_every == 0 or done == total:
             values = accelerator.reduce(torch.stack([v.mean().detach() for v in parts[:3]]), 'mean').tolist()
-            if not isfinite(values[0]): raise ValueError(f'the bound is no longer finite after {done} updates: choose a lower learning rate; {out} keeps the last good state')
+            if not isfinite(values[0]): raise ValueError(diverged)
             if main: log.write(done, epoch, 'train', T, values, kl_weight=kl_weight(o, step), gradient_norm=norm.item(), learning_rate=learning_rate(o, step, total),
                                images_per_s=(done - clock[1]) * o.batch_size / (perf_counter() - clock[0]))
             clock = perf_counter(), done
         if done % o.save_every == 0 or done % per_epoch == 0:
+            if not all(p.isfinite().all() for p in averaged.parameters()): raise ValueError(diverged)
             progress.update(step=done, seconds=perf_counter() - began, cpu_seconds=process_time() - cpu_began)
         if done % per_epoch == 0:
             if main:
@@ -255,7 +263,7 @@ def train(
     accelerator.free_memory()
     return DRAW.from_pretrained(out)
 
-# %% ../nbs/60_training.ipynb #b1b72917
+# %% ../nbs/60_training.ipynb #f20158c9
 class Log:
     "One line of JSON and one point on TensorBoard's curves at a time"
     def __init__(self, out, step):

@@ -1,0 +1,485 @@
+"""Training under faults: killed processes, full disks, strange files, several processes at once
+
+A fork server imports PyTorch once; every training process below is forked from it, so that killing and starting again is cheap.
+The file is also a program: `test_training.py FOLDER` is the toy run that `accelerate launch` starts twice.
+"""
+import errno, json, math, multiprocessing, os, pickle, random, resource, shutil, signal, socket, subprocess, sys, time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+import pytest
+import torch
+from safetensors.torch import load_file
+import draw_nbdev.training as training
+from draw_nbdev.data import Images
+from draw_nbdev.evaluation import evaluate
+from draw_nbdev.model import DRAW, DRAWConfig
+from draw_nbdev.training import TrainOptions, open_run, read_metrics, train
+
+CONFIG = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3, read_size=2, write_size=3)
+OPTIONS = TrainOptions(epochs=3, batch_size=4, save_every=4, log_every=1, kl_warmup=4, rate_warmup=3, learning_rate=0.01) # 3 epochs of 6 updates
+LAST = 18 # Updates in all
+
+def toy_images(split='train', kind=Images):
+    "Binary noise in two colours"
+    pixels = torch.rand({'train': 24, 'valid': 8}[split], 2, 5, 7, generator=torch.Generator().manual_seed(3)) < 0.3
+    return kind(pixels.to(torch.uint8), 'toy', split, levels=1)
+
+class Failing(Images):
+    "Images that fail when a given number of batches has been drawn"
+    def batch(self, indices, generator=None):
+        if len(indices) == OPTIONS.batch_size: self.left -= 1 # the mean image is made from larger batches
+        if self.left < 0: raise InterruptedError('the plug was pulled')
+        return super().batch(indices, generator)
+
+def toy_train(out, options=OPTIONS, batches=None, config=CONFIG):
+    "The run of these tests, in this process; with `batches`, it fails after so many of them"
+    images = toy_images(kind=Failing)
+    images.left = math.inf if batches is None else batches
+    return train(config, images, toy_images('valid'), out, options)
+
+def timeless(row): return {k: v for k, v in row.items() if k not in ('images_per_s', 'seconds', 'cpu_seconds')}
+
+def outcome(out):
+    "Everything that a run leaves behind and that does not depend on the clock"
+    state = sorted(out.glob('state-*'))[-1]
+    optimizer = torch.load(state / 'optimizer.bin', weights_only=True)['state']
+    return {'best': (out / 'best/model.safetensors').read_bytes(), 'config': (out / 'best/config.json').read_bytes(),
+            'state': state.name, 'weights': (state / 'model.safetensors').read_bytes(), 'averaged': (state / 'averaged.safetensors').read_bytes(),
+            'moments': [[v.tolist() for v in moments.values()] for moments in optimizer.values()], 'progress': timeless(json.loads((state / 'progress.json').read_text())),
+            'metrics': [timeless(row) for row in read_metrics(out)]}
+
+def assert_same(out, reference):
+    "Two runs ended with the same weights, moments, metrics and best bound, bit for bit"
+    ours, theirs = outcome(out), outcome(reference)
+    for key in theirs: assert ours[key] == theirs[key], key
+
+def updates_saved(out, least=0):
+    "Updates up to the newest state, at least as many as before; this state can be read, and so can the weights, once there are any"
+    states, step = sorted(out.glob('state-*')), 0
+    if states:
+        for name in ('model.safetensors', 'averaged.safetensors'): load_file(states[-1] / name)
+        torch.load(states[-1] / 'optimizer.bin', weights_only=True)
+        step = json.loads((states[-1] / 'progress.json').read_text())['step']
+        assert step == int(states[-1].name[-8:])
+    if all((out / 'best' / name).exists() for name in ('config.json', 'model.safetensors')): DRAW.from_pretrained(out)
+    assert step >= least
+    return step
+
+
+# ---- training in processes of their own
+
+def child(out, options=OPTIONS, environment={}, die_at=None, count_in=None, file_limit=None, slow_to_make=0, slow_to_look=0, report=None):
+    "What a forked process does: train, and die or suffer on the way as asked"
+    os.environ.update(environment, ACCELERATE_USE_CPU='true')
+    torch.set_num_threads(1)
+    if file_limit: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    operations = 0
+    def hook(event, arguments):
+        "Count operations on the files of the run, and die before the one that was chosen"
+        nonlocal operations
+        if event in ('os.remove', 'os.rmdir') or event in ('open', 'os.rename', 'os.mkdir', 'shutil.rmtree') and str(arguments[0]).startswith(str(out)):
+            operations += 1
+            if operations == die_at: os.kill(os.getpid(), signal.SIGKILL)
+        if event == 'os.rename' and str(arguments[0]).endswith('run.json.tmp'): time.sleep(slow_to_make)
+    sys.addaudithook(hook)
+    def look(*arguments, **more):
+        time.sleep(slow_to_look)
+        return open_run(*arguments, **more)
+    training.open_run = look
+    try: toy_train(out, options)
+    except Exception as error:
+        if report is None: raise
+        report.write_text(json.dumps([[kind.__name__ for kind in type(error).__mro__], str(error)]))
+    if count_in: count_in.write_text(str(operations))
+
+@pytest.fixture(scope='session')
+def start():
+    "Start a training process: `start(out, ...)` with the arguments of `child`"
+    here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join(here + [os.environ.get('PYTHONPATH', '')]))
+        patch.setenv('OMP_NUM_THREADS', '1')
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['test_training', 'torch.utils.tensorboard', 'torch._dynamo', 'torch.onnx'])
+        def start(out, **how):
+            process = context.Process(target=child, args=(out,), kwargs=how)
+            process.start()
+            return process
+        yield start
+
+def finish(*processes, seconds=120):
+    "Wait for processes and return their exit codes; negative ones are signals"
+    for process in processes: process.join(seconds)
+    late = [process for process in processes if process.is_alive()]
+    for process in late: process.kill()
+    assert not late, f'still running after {seconds} s'
+    return [process.exitcode for process in processes]
+
+@pytest.fixture(scope='session')
+def undisturbed(tmp_path_factory, start):
+    "Folder of a run that nothing happened to, with the number of its file operations beside it"
+    out = tmp_path_factory.mktemp('undisturbed') / 'run'
+    assert finish(start(out, count_in=out.parent / 'operations')) == [0]
+    assert [row['step'] for row in read_metrics(out) if row['split'] == 'train'] == list(range(1, LAST + 1))
+    return out
+
+def test_in_another_process_the_run_is_the_same(undisturbed, tmp_path):
+    "The reference of the tests below does not depend on where it ran"
+    toy_train(tmp_path / 'run')
+    assert_same(tmp_path / 'run', undisturbed)
+
+
+# ---- kill -9
+
+def test_killed_at_random_moments(start, undisturbed, tmp_path):
+    "SIGKILL from outside, again and again, until the run comes to its end"
+    out, chance = tmp_path / 'run', random.Random(0)
+    began = time.perf_counter()
+    assert finish(start(tmp_path / 'timed')) == [0]
+    duration = time.perf_counter() - began
+    codes, saved = [], 0
+    for _ in range(6):
+        process = start(out)
+        time.sleep(duration * chance.uniform(0.2, 0.9))
+        process.kill()
+        codes += finish(process)
+        saved = updates_saved(out, saved)
+    assert set(codes) <= {-signal.SIGKILL, 0} and -signal.SIGKILL in codes
+    assert finish(start(out)) == [0]
+    assert_same(out, undisturbed)
+
+@pytest.mark.parametrize('first, step', [(1, 1), (9, 3), (10, 3), (11, 3)]) # the first save of a state begins at the 8th operation, that of the best weights at the 14th
+def test_killed_before_a_file_operation(start, undisturbed, tmp_path, first, step):
+    "SIGKILL just before the n-th time that a file of the run is opened, renamed or removed, for one n after the other"
+    out, total = tmp_path / 'run', int((undisturbed.parent / 'operations').read_text())
+    assert total > 60
+    codes, saved = [], 0
+    for n in range(first, first + 8 * step, step):
+        codes += finish(start(out, die_at=n))
+        saved = updates_saved(out, saved)
+    assert set(codes) <= {-signal.SIGKILL, 0} and codes.count(-signal.SIGKILL) >= 4
+    assert finish(start(out)) == [0]
+    assert_same(out, undisturbed)
+
+def test_remains_of_a_killed_process_do_no_harm(undisturbed, tmp_path):
+    "Half-written files of every kind, and a line of metrics that was cut off"
+    out = tmp_path / 'run'
+    with pytest.raises(InterruptedError): toy_train(out, batches=11)
+    (out / 'state.tmp').mkdir(); (out / 'state.tmp/model.safetensors').write_bytes(b'half')
+    (out / 'best.tmp').mkdir(); (out / 'best.tmp/model.safetensors').write_bytes(b'half')
+    (out / 'run.json.tmp').write_text('{"config": ')
+    (out / 'metrics.jsonl.tmp').write_text('{"step": 1')
+    with open(out / 'metrics.jsonl', 'a') as file: file.write('{"step": 11, "epo')
+    toy_train(out)
+    assert_same(out, undisturbed)
+    assert {p.name for p in out.iterdir()} == {p.name for p in undisturbed.iterdir()}
+
+def test_killed_before_there_was_a_run(undisturbed, tmp_path):
+    "A folder that holds nothing but an unfinished run.json is the beginning of a run"
+    out = tmp_path / 'run'
+    out.mkdir()
+    (out / 'run.json.tmp').write_text('{"config": ')
+    toy_train(out)
+    assert_same(out, undisturbed)
+
+
+# ---- full disks
+
+def full_disk(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')
+
+def when(condition, function, failure):
+    "`function`, except that `failure` is called where `condition` holds for its arguments"
+    return lambda *arguments, **more: (failure if condition(*arguments) else function)(*arguments, **more)
+
+def half_save_file(tensors, path):
+    "Write half a file of weights before the disk is full"
+    Path(path).write_bytes(b'half a file of weights')
+    full_disk()
+
+def calls(number):
+    "A condition that holds from the given call on"
+    counter = iter(range(10**9))
+    return lambda *_: next(counter) >= number
+
+FAULTS = { # Where the disk is full -> what fails there, and how many updates are in the state that is left
+    'run.json': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name == 'run.json.tmp', Path.write_text, full_disk)), 0),
+    'first state': (lambda patch: patch.setattr(Path, 'replace', when(lambda _, target: target.name.startswith('state-'), Path.replace, full_disk)), 0),
+    'averaged weights': (lambda patch: patch.setattr(training, 'save_file', when(calls(2), training.save_file, half_save_file)), 6),
+    'progress': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name == 'progress.json' and (path.parents[1] / 'state-00000006').exists(), Path.write_text, full_disk)), 6),
+    'rename of a state': (lambda patch: patch.setattr(Path, 'replace', when(lambda _, target: target.name == 'state-00000008', Path.replace, full_disk)), 6),
+    'best weights': (lambda patch: patch.setattr(DRAW, 'save_pretrained', when(calls(1), DRAW.save_pretrained, full_disk)), 8),
+    'rename of the best weights': (lambda patch: patch.setattr(os, 'replace', when(lambda _, target: Path(target).parent.name == 'best' and Path(target).exists(), os.replace, full_disk)), 8),
+}
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_full_disk(fault, undisturbed, tmp_path):
+    "An OSError comes out, what was saved before can be read, and the run goes on once there is room"
+    out = tmp_path / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS[fault][0](patch)
+        with pytest.raises(OSError, match='No space left'): toy_train(out)
+    assert updates_saved(out) == FAULTS[fault][1]
+    toy_train(out)
+    assert_same(out, undisturbed)
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.bin'])
+def test_writing_fails_beneath_python(start, undisturbed, tmp_path, name):
+    "The libraries that write weights and moments meet a real error of the file system: the message names it, and the run goes on"
+    out, report = tmp_path / 'run', tmp_path / 'report'
+    size = next(undisturbed.glob(f'state-*/{name}')).stat().st_size
+    assert finish(start(out, file_limit=size - 200, report=report)) == [0]
+    kinds, message = json.loads(report.read_text())
+    assert 'OSError' in kinds and '\n' not in message and str(out) in message, (kinds, message)
+    assert updates_saved(out) == 0
+    assert finish(start(out)) == [0]
+    assert_same(out, undisturbed)
+
+
+# ---- a network that breaks
+
+@pytest.mark.parametrize('where', ['bound', 'gradient'])
+def test_what_is_not_finite_is_not_saved(where, tmp_path, monkeypatch):
+    "Training ends with one line as soon as it has gone wrong, before a broken state replaces the last good one"
+    genuine, updates = training.bound, []
+    def breaking(output, images):
+        "The bound, until the ninth update"
+        parts = genuine(output, images)
+        updates.append(1)
+        if len(updates) < 9: return parts
+        if where == 'bound': return parts._replace(total=parts.total * math.nan, reconstruction=parts.reconstruction * math.nan)
+        output.canvas.register_hook(lambda slope: slope * math.nan)
+        return parts
+    monkeypatch.setattr(training, 'bound', breaking)
+    out = tmp_path / 'run'
+    with pytest.raises(ValueError, match='finite') as caught: toy_train(out, replace(OPTIONS, log_every=100, save_every=1))
+    assert '\n' not in str(caught.value)
+    state = sorted(out.glob('state-*'))[-1]
+    assert state.name == 'state-00000008'
+    assert all(value.isfinite().all() for name in ('model', 'averaged') for value in load_file(state / f'{name}.safetensors').values())
+
+
+# ---- several processes
+
+def ranks(port):
+    "Environments of two processes that work together, as torchrun sets them"
+    common = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    return [{**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(2)]
+
+def free_port():
+    "A port that nobody listens at"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+@pytest.fixture(scope='session')
+def pair(tmp_path_factory, start):
+    "Folder of a run by two processes, the second of which looks at the folder while the first is making it"
+    out = tmp_path_factory.mktemp('pair') / 'run'
+    first, second = ranks(free_port())
+    assert finish(start(out, environment=first, slow_to_make=0.6), start(out, environment=second, slow_to_look=0.3)) == [0, 0]
+    return out
+
+def assert_close_runs(out, reference):
+    "Weights and metrics agree within what float32 sums in another order differ by"
+    ours, theirs = outcome(out), outcome(reference)
+    assert [(row['step'], row['split']) for row in ours['metrics']] == [(row['step'], row['split']) for row in theirs['metrics']]
+    for a, b in zip(ours['metrics'], theirs['metrics']): assert math.isclose(a['bound'], b['bound'], rel_tol=1e-4)
+    a, b = (load_file(folder / ours['state'] / 'model.safetensors') for folder in (out, reference))
+    initial = DRAW(CONFIG).start_from(toy_images().mean()).state_dict()
+    assert a.keys() == b.keys() == initial.keys()
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+        assert (b[name] - initial[name]).abs().max() > 20 * (a[name] - b[name]).abs().max(), name # close for having learned the same, not for having learned nothing
+
+def test_two_processes_do_what_one_does(pair, undisturbed):
+    "Their shares of a batch and of its noise make the same updates; one of them writes"
+    assert_close_runs(pair, undisturbed)
+    assert all(count == 1 for count in Counter((row['step'], row['split']) for row in read_metrics(pair)).values())
+    assert len(list((pair / 'tensorboard').iterdir())) == 1
+
+def test_two_processes_go_on(start, pair, tmp_path):
+    "One of two processes is killed, the other ends; started again, both end with the same weights, bit for bit"
+    out = tmp_path / 'run'
+    for victim, die_at in ((0, 40), (1, 3)): # the second process touches few files of the run
+        environments = ranks(free_port())
+        processes = [start(out, environment=environment, die_at=die_at if rank == victim else None) for rank, environment in enumerate(environments)]
+        finish(processes[victim])
+        time.sleep(0.2)
+        if processes[1 - victim].is_alive(): processes[1 - victim].terminate() # what a launcher does when one of its processes fails
+        finish(*processes)
+        assert processes[victim].exitcode == -signal.SIGKILL
+        assert 0 < updates_saved(out) < LAST
+    assert finish(*(start(out, environment=environment) for environment in ranks(free_port()))) == [0, 0]
+    assert_same(out, pair)
+
+def test_accelerate_launch(undisturbed, tmp_path):
+    "The launcher that users start several processes with"
+    out = tmp_path / 'run'
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
+               '--main_process_ip', '127.0.0.1', '--main_process_port', str(free_port()), __file__, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close_runs(out, undisturbed)
+
+def test_batches_must_divide_among_processes(start, tmp_path):
+    "Refused in one line by every process"
+    reports = [tmp_path / f'report{rank}' for rank in range(2)]
+    processes = [start(tmp_path / 'run', environment=environment, options=replace(OPTIONS, batch_size=3), report=report) for environment, report in zip(ranks(free_port()), reports)]
+    assert finish(*processes) == [0, 0]
+    for report in reports:
+        kinds, message = json.loads(report.read_text())
+        assert 'ValueError' in kinds and 'does not divide among 2 processes' in message
+
+
+# ---- files that would run code
+
+class Malicious:
+    "An object that touches a file when it is unpickled"
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return os.system, (f'touch {self.file}',)
+
+def stopped_run(out):
+    "A run with a state in the middle"
+    with pytest.raises(InterruptedError): toy_train(out, batches=9)
+    return sorted(out.glob('state-*'))[-1]
+
+def test_malicious_pickles_do_run_code_elsewhere(tmp_path):
+    "The trap of the next tests works"
+    pickle.loads(pickle.dumps(Malicious(tmp_path / 'owned')))
+    assert (tmp_path / 'owned').exists()
+
+@pytest.mark.parametrize('write', [lambda thing, file: file.write_bytes(pickle.dumps(thing, protocol=2)), lambda thing, file: torch.save(thing, file)], ids=['pickle', 'torch'])
+@pytest.mark.parametrize('name', ['optimizer.bin', 'pytorch_model.bin', 'random_states_0.pkl'])
+def test_states_run_no_code(name, write, undisturbed, tmp_path):
+    "A state with a malicious pickle is refused in one line; random states are not needed, and so may be ignored"
+    out = tmp_path / 'run'
+    state = stopped_run(out)
+    if name == 'pytorch_model.bin': (state / 'model.safetensors').unlink()
+    write(Malicious(tmp_path / 'owned'), state / name)
+    if name == 'random_states_0.pkl':
+        toy_train(out)
+        assert_same(out, undisturbed)
+    else:
+        with pytest.raises(ValueError) as caught: toy_train(out)
+        assert '\n' not in str(caught.value) and state.name in str(caught.value)
+    assert not (tmp_path / 'owned').exists()
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'averaged.safetensors', 'optimizer.bin', 'progress.json'])
+@pytest.mark.parametrize('damage', [lambda path: path.write_bytes(path.read_bytes()[:20]), Path.unlink], ids=['cut', 'missing'])
+def test_damaged_states_are_refused(name, damage, tmp_path):
+    "In one line that names the state"
+    state = stopped_run(tmp_path / 'run')
+    damage(state / name)
+    with pytest.raises((ValueError, OSError)) as caught: toy_train(tmp_path / 'run')
+    assert '\n' not in str(caught.value) and state.name in str(caught.value)
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.safetensors'])
+def test_weights_run_no_code(name, tmp_path):
+    "Pickled weights are refused, by their own name and in disguise"
+    folder = tmp_path / 'weights'
+    DRAW(CONFIG).save_pretrained(folder)
+    (folder / 'model.safetensors').unlink()
+    torch.save(Malicious(tmp_path / 'owned'), folder / name)
+    with pytest.raises(ValueError) as caught: DRAW.from_pretrained(folder)
+    assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match='pickle'): DRAW._load_as_pickle(DRAW(CONFIG), str(folder / name), 'cpu', True) # where the Hub's loader would go
+    assert not (tmp_path / 'owned').exists()
+
+
+# ---- runs that go on
+
+def test_growth_goes_on_inside_every_stage(tmp_path):
+    "Stopped in the first, second and last stage of a growing number of steps"
+    options = replace(OPTIONS, growth=((1, 1), (2, 1)))
+    toy_train(tmp_path / 'whole', options)
+    for batches, saved in ((5, 4), (6, 8), (7, 12), (2, 12)):
+        with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', options, batches)
+        assert updates_saved(tmp_path / 'run') == saved
+    toy_train(tmp_path / 'run', options)
+    assert_same(tmp_path / 'run', tmp_path / 'whole')
+    rows = read_metrics(tmp_path / 'run')
+    assert [row['glimpses'] for row in rows if row['split'] == 'valid'] == [1, 2, 3]
+    assert [row['glimpses'] for row in rows if row['split'] == 'train'] == 6 * [1] + 6 * [2] + 6 * [3]
+
+def test_more_epochs(tmp_path, undisturbed):
+    "A finished run ends at once when it is started again, and goes on when it is given more epochs"
+    shutil.copytree(undisturbed, tmp_path / 'run')
+    toy_train(tmp_path / 'run', batches=0)
+    assert_same(tmp_path / 'run', undisturbed)
+    toy_train(tmp_path / 'run', replace(OPTIONS, epochs=5), batches=12)
+    rows = read_metrics(tmp_path / 'run')
+    assert [row['step'] for row in rows if row['split'] == 'train'] == list(range(1, LAST + 13))
+    assert [row['epoch'] for row in rows if row['split'] == 'valid'] == [0, 1, 2, 3, 4]
+    assert timeless(rows[0]) == outcome(undisturbed)['metrics'][0]
+    assert [p.name for p in (tmp_path / 'run').glob('state-*')] == ['state-00000030']
+    assert json.loads((tmp_path / 'run/run.json').read_text())['options']['epochs'] == 5
+
+def test_best_weights_are_those_of_the_best_bound(tmp_path):
+    "Validation images that look otherwise get worse while the training images are learned: the first epoch is kept"
+    pixels = torch.zeros(8, 2, 5, 7, dtype=torch.uint8)
+    pixels[..., ::2] = 1
+    valid_set = Images(pixels, 'toy', 'valid', levels=1)
+    model = train(CONFIG, toy_images(), valid_set, tmp_path / 'run', replace(OPTIONS, learning_rate=0.05, average=0.))
+    bounds = [row['bound'] for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid']
+    assert min(bounds) < bounds[-1]
+    assert math.isclose(evaluate(model, valid_set).bound, min(bounds), rel_tol=1e-6)
+
+@pytest.mark.parametrize('different, named', [
+    (partial(toy_train, options=replace(OPTIONS, learning_rate=0.02)), 'options.learning_rate 0.01 there, 0.02 here'),
+    (partial(toy_train, options=replace(OPTIONS, seed=1)), 'options.seed 0 there, 1 here'),
+    (partial(toy_train, options=replace(OPTIONS, growth=((1, 1),))), 'options.growth'),
+    (partial(toy_train, options=replace(OPTIONS, epochs=2)), '3 epochs, more than 2'),
+    (partial(toy_train, config=replace(CONFIG, hidden_size=9)), 'config.hidden_size 8 there, 9 here'),
+    (lambda out: train(CONFIG, toy_images('valid'), toy_images('valid'), out, OPTIONS), 'data.train'),
+    (lambda out: train(CONFIG, toy_images(), toy_images(), out, OPTIONS), 'data.valid'),
+], ids=['rate', 'seed', 'growth', 'fewer epochs', 'network', 'training images', 'validation images'])
+def test_other_settings_are_refused(different, named, undisturbed, tmp_path):
+    "In one line that names what differs, without touching the run"
+    shutil.copytree(undisturbed, tmp_path / 'run')
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')}
+    with pytest.raises(ValueError) as caught: different(tmp_path / 'run')
+    assert named in str(caught.value) and '--out' in str(caught.value) and '\n' not in str(caught.value)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')} == before
+
+def test_folders_that_are_no_runs_are_left_alone(tmp_path):
+    "Somebody's files, a file where a folder should be, and a run.json that is damaged"
+    (tmp_path / 'letters').mkdir(); (tmp_path / 'letters/dear.txt').write_text('Dear')
+    (tmp_path / 'file').write_text('text')
+    (tmp_path / 'damaged').mkdir(); (tmp_path / 'damaged/run.json').write_text('{"config": ')
+    for name in ('letters', 'file', 'damaged'):
+        with pytest.raises(ValueError, match='--out') as caught: toy_train(tmp_path / name)
+        assert '\n' not in str(caught.value)
+    assert (tmp_path / 'letters/dear.txt').read_text() == 'Dear' and len(list((tmp_path / 'letters').iterdir())) == 1
+
+
+# ---- precision, curves, learning
+
+def test_bfloat16(start, undisturbed, tmp_path):
+    "The first updates in mixed precision are finite and close to those in float32; a process of its own, since Accelerate allows one precision in each"
+    out = tmp_path / 'run'
+    assert finish(start(out, options=replace(OPTIONS, precision='bf16', epochs=1))) == [0]
+    half, full = ([row['bound'] for row in read_metrics(folder)] for folder in (out, undisturbed))
+    assert all(map(math.isfinite, half)) and math.isclose(half[0], full[0], rel_tol=0.01) and half[0] != full[0]
+    assert all(value.dtype == torch.float32 for value in load_file(out / 'best/model.safetensors').values())
+
+def test_tensorboard_has_every_point(undisturbed):
+    "The curves are complete when the process has ended"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(undisturbed / 'tensorboard')).Reload()
+    assert [point.step for point in events.Scalars('train/bound')] == list(range(1, LAST + 1))
+    assert [point.step for point in events.Scalars('valid/bound')] == [6, 12, 18]
+
+def test_learning(tmp_path):
+    "Two images, each seen many times: the network learns to tell them apart, and no bound falls below the log 2 that this takes"
+    pair = torch.rand(2, 2, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    images = [Images(pair.repeat(count, 1, 1, 1).to(torch.uint8), 'pair', split, levels=1) for split, count in (('train', 400), ('valid', 50))]
+    options = replace(OPTIONS, epochs=3, batch_size=8, log_every=50, save_every=1000, learning_rate=0.03, kl_warmup=50, average=0.9)
+    train(replace(CONFIG, hidden_size=16, latent_size=2), *images, tmp_path / 'run', options)
+    bounds = [row['bound'] for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid']
+    assert math.log(2) < bounds[-1] < 4 < 20 < sum(p[0] != p[1] for p in pair.flatten(1).T) * math.log(2) # without latents, each pixel that differs costs log 2
+
+
+if __name__ == '__main__': child(Path(sys.argv[1]))

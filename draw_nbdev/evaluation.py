@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'nearest_images']
 
-# %% ../nbs/70_evaluation.ipynb #3217790b
+# %% ../nbs/70_evaluation.ipynb #903d158f
 from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .data import Images
 from .loss import bound, importance_weighted_bound
 from .model import DRAW
 
-# %% ../nbs/70_evaluation.ipynb #5a687444
+# %% ../nbs/70_evaluation.ipynb #9aabe1b9
 @dataclass(frozen=True)
 class Evaluation:
     "A bound on a named set, in nats per image"
@@ -34,7 +34,7 @@ class Evaluation:
     iw_bound: float | None = None # Mean over images of L_k
     iw_bound_se: float | None = None # Its standard error over images
 
-# %% ../nbs/70_evaluation.ipynb #be542f02
+# %% ../nbs/70_evaluation.ipynb #ecf5c439
 @torch.no_grad()
 def evaluate(
     model: DRAW, # The network
@@ -62,15 +62,18 @@ def evaluate(
     weighted = None
     if samples:
         generator = torch.Generator().manual_seed(0)
-        chunks = range(0, count, rows)
-        weighted = torch.cat([importance_weighted_bound(model, data.batch(torch.arange(s, min(s + rows, count)), generator).to(device), samples, generator, rows, T)
-                              for s in tqdm(chunks, disable=None, leave=False, desc=f'k = {samples}')]).double().cpu()
+        def part(start):
+            images = data.batch(torch.arange(start, min(start + rows, count)), generator).to(device)
+            return importance_weighted_bound(model, images, samples, generator, rows, T)
+        weighted = torch.cat([part(start) for start in tqdm(range(0, count, rows), disable=None, leave=False, desc=f'k = {samples}')]).double().cpu()
     error = lambda values: (values.std() / len(values)**0.5).item() if len(values) > 1 else float('nan')
-    return Evaluation(data.name, data.split, data.note, count, T, seeds, total.mean().item(), error(total.mean(0)),
-                      total.mean(1).std().item() if seeds > 1 else None, reconstruction.mean().item(), latent.mean().item(), per_step.mean((0, 2)).tolist(),
-                      samples, *((weighted.mean().item(), error(weighted)) if samples else (None, None)))
+    return Evaluation(
+        data=data.name, split=data.split, note=data.note, images=count, glimpses=T, seeds=seeds,
+        bound=total.mean().item(), bound_se=error(total.mean(0)), bound_spread=total.mean(1).std().item() if seeds > 1 else None,
+        reconstruction=reconstruction.mean().item(), latent=latent.mean().item(), kl_per_step=per_step.mean((0, 2)).tolist(),
+        iw_samples=samples, iw_bound=weighted.mean().item() if samples else None, iw_bound_se=error(weighted) if samples else None)
 
-# %% ../nbs/70_evaluation.ipynb #cd0064d0
+# %% ../nbs/70_evaluation.ipynb #2076a019
 @torch.no_grad()
 def nearest_images(
     queries: Tensor, # Images to look for, values in 0..1, shape (count, channels, height, width)

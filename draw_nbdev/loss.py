@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reconstruction_loss', 'kl_divergence', 'Bound', 'bound', 'log_weights', 'importance_weighted_bound']
 
-# %% ../nbs/40_loss.ipynb #5591583a
+# %% ../nbs/40_loss.ipynb #6a2f1a8d
 from math import log
 from typing import NamedTuple
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from .model import DRAW, DRAWOutput
 
-# %% ../nbs/40_loss.ipynb #8e83ed21
+# %% ../nbs/40_loss.ipynb #165065ee
 def reconstruction_loss(
     canvas: Tensor, # c_T in logits, shape (batch, channels, height, width)
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
@@ -22,7 +22,7 @@ def reconstruction_loss(
     canvas = canvas.to(torch.promote_types(canvas.dtype, torch.float32))
     return binary_cross_entropy_with_logits(canvas, images.to(canvas), reduction='none').flatten(1).sum(1)
 
-# %% ../nbs/40_loss.ipynb #afb5ac36
+# %% ../nbs/40_loss.ipynb #8eff7fb9
 def kl_divergence(
     means: Tensor, # mu_t, shape (glimpses, batch, latent_size)
     log_deviations: Tensor, # log sigma_t, shape (glimpses, batch, latent_size)
@@ -31,7 +31,7 @@ def kl_divergence(
     means, log_deviations = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (means, log_deviations))
     return (means**2 + (2 * log_deviations).exp() - 2 * log_deviations - 1).sum(-1) / 2
 
-# %% ../nbs/40_loss.ipynb #bcdf7b5b
+# %% ../nbs/40_loss.ipynb #29b6042f
 class Bound(NamedTuple):
     "An upper bound on -log p(x) and its parts, in nats per image"
     total: Tensor # L, shape (batch,)
@@ -47,7 +47,7 @@ def bound(
     reconstruction, per_step = reconstruction_loss(output.canvas, images), kl_divergence(output.means, output.log_deviations)
     return Bound(reconstruction + per_step.sum(0), reconstruction, per_step.sum(0), per_step)
 
-# %% ../nbs/40_loss.ipynb #89c442ec
+# %% ../nbs/40_loss.ipynb #4b98c9ba
 def log_weights(
     output: DRAWOutput, # What the network returned for these images
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
@@ -57,7 +57,7 @@ def log_weights(
     log_ratio = log_deviations + ((z - means) / log_deviations.exp())**2 / 2 - z**2 / 2
     return log_ratio.sum((0, 2)) - reconstruction_loss(output.canvas, images)
 
-# %% ../nbs/40_loss.ipynb #1f1e0d37
+# %% ../nbs/40_loss.ipynb #1b1db118
 @torch.no_grad()
 def importance_weighted_bound(
     model: DRAW, # The network

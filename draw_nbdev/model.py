@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'PRETRAINED', 'DRAWConfig', 'preset', 'LSTMCell', 'explained', 'DRAWOutput', 'Drawing', 'Step',
            'stack_windows', 'DRAW', 'find_weights']
 
-# %% ../nbs/30_model.ipynb #691d7bd7
+# %% ../nbs/30_model.ipynb #85a84077
 import contextlib, io, json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from .attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
 from .filterbank import Window
+from .scan import fits, fused_scan
 
-# %% ../nbs/30_model.ipynb #abe35c41
+# %% ../nbs/30_model.ipynb #41bbad8b
 @dataclass(frozen=True)
 class DRAWConfig:
     "Sizes of a DRAW network; raises `ValueError` for sizes that make none"
@@ -41,7 +42,7 @@ class DRAWConfig:
             if type(value) is not kind: raise ValueError(f'{field.name} must be {kind.__name__}, got {value!r}')
             if kind is int and value < 1: raise ValueError(f'{field.name} must be at least 1, got {value}')
 
-# %% ../nbs/30_model.ipynb #e236cfaa
+# %% ../nbs/30_model.ipynb #05bcb76f
 PRESETS = {
     'mnist': DRAWConfig(),
     'mnist_no_attention': DRAWConfig(attention=False),
@@ -60,7 +61,7 @@ def preset(
     if unknown: raise ValueError(f'no such setting: {", ".join(sorted(unknown))}')
     return replace(PRESETS[name], **changes)
 
-# %% ../nbs/30_model.ipynb #9a6e9cb0
+# %% ../nbs/30_model.ipynb #b08e8672
 class LSTMCell(nn.Module):
     "An LSTM with forget gates, gates in PyTorch's order: input, forget, cell, output"
     def __init__(self,
@@ -82,7 +83,7 @@ class LSTMCell(nn.Module):
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         return o.sigmoid() * self.norm(cell).tanh(), cell
 
-# %% ../nbs/30_model.ipynb #5ab3e1c7
+# %% ../nbs/30_model.ipynb #34a18e20
 @contextlib.contextmanager
 def explained(
     kind: type[Exception], # What to raise instead
@@ -93,7 +94,7 @@ def explained(
     try: yield
     except errors as error: raise kind(f'{text} ({(str(error).splitlines() or [type(error).__name__])[0]})') from error
 
-# %% ../nbs/30_model.ipynb #56ea2722
+# %% ../nbs/30_model.ipynb #22b1eb8e
 class DRAWOutput(NamedTuple):
     "What the loss needs of one pass"
     canvas: Tensor # c_T in logits, shape (batch, channels, height, width)
@@ -107,7 +108,13 @@ class Drawing(NamedTuple):
     windows: Window | None # Write windows, each field (glimpses, batch); None without attention
     read_windows: Window | None = None # Read windows of a reconstruction, each field (glimpses, batch)
 
-# %% ../nbs/30_model.ipynb #48b00755
+    def first(self,
+        count: int, # Images
+    ) -> 'Drawing': # The same of the first `count` images
+        cut = lambda windows: windows and Window(*(field[:, :count] for field in windows))
+        return Drawing(self.canvases[:, :count], cut(self.windows), cut(self.read_windows))
+
+# %% ../nbs/30_model.ipynb #f05cd439
 class Step(NamedTuple):
     "One step of the recurrence"
     mean: Tensor # mu_t, shape (batch, latent_size)
@@ -118,19 +125,22 @@ class Step(NamedTuple):
     write_window: Window | None # Fields of shape (batch,); None without attention
 
 def stack_windows(
-    windows: list[Window | None], # One for each step, fields of shape (batch,)
+    windows: Sequence[Window | None], # One for each step, fields of shape (batch,)
 ) -> Window | None: # Fields of shape (glimpses, batch); None where there are no windows
     "Windows of all steps in one"
     return None if windows[0] is None else Window(*(torch.stack(values) for values in zip(*windows)))
 
-# %% ../nbs/30_model.ipynb #87b2bb7a
+# %% ../nbs/30_model.ipynb #7f9c100d
 class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='mit', paper_url='https://arxiv.org/abs/1502.04623'):
     "Deep Recurrent Attentive Writer: a recurrent variational autoencoder that draws in steps"
     def __init__(self,
         config: DRAWConfig, # Sizes, from a preset or made by hand
+        scan: str = 'fused', # How `forward` runs: 'reference' is the definition below, 'fused' the same but faster, where it applies
     ):
         super().__init__()
-        self.config = c = config
+        if scan not in ('fused', 'reference'): raise ValueError(f'no scan {scan!r}: choose fused or reference')
+        self.config, self.scan = config, scan
+        c = config
         if c.attention:
             self.read = AttentiveRead(c.height, c.width, c.channels, c.read_size, c.hidden_size)
             self.write = AttentiveWrite(c.height, c.width, c.channels, c.write_size, c.hidden_size)
@@ -150,7 +160,9 @@ class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='
         glimpses: int | None = None, # Steps; the configuration's if None
     ) -> DRAWOutput:
         "Eqs 3-8 for t = 1..T"
-        steps = list(self.steps(images, self.noise_like(images, noise, glimpses)))
+        noise = self.noise_like(images, noise, glimpses)
+        if self.scan == 'fused' and fits(self, noise): return DRAWOutput(*fused_scan(self, images, noise))
+        steps = list(self.steps(images, noise))
         means, log_deviations, latents = (torch.stack(values) for values in zip(*(step[:3] for step in steps)))
         return DRAWOutput(steps[-1].canvas, means, log_deviations, latents)
 
@@ -180,7 +192,8 @@ class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='
         "Draw the given images, as in training, and keep every canvas and window"
         steps = list(self.steps(images, self.noise_like(images, noise, glimpses)))
         canvases = [self.initial_states(len(images))[0], *(step.canvas for step in steps)]
-        return Drawing(torch.stack(canvases), stack_windows([step.write_window for step in steps]), stack_windows([step.read_window for step in steps]))
+        write_windows, read_windows = map(stack_windows, zip(*((step.write_window, step.read_window) for step in steps)))
+        return Drawing(torch.stack(canvases), write_windows, read_windows)
 
     @torch.no_grad()
     def generate(self,
@@ -203,7 +216,8 @@ class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='
         count: int, # Images in the batch
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: # c_0, and (output, cell) of encoder and decoder
         "Learned biases, the same for every image"
-        return (self.initial_canvas.expand(count, -1, -1, -1), *(tuple(state[:, None].expand(-1, count, -1).unbind()) for state in (self.initial_encoder, self.initial_decoder)))
+        encoder, decoder = (tuple(state[:, None].expand(-1, count, -1).unbind()) for state in (self.initial_encoder, self.initial_decoder))
+        return self.initial_canvas.expand(count, -1, -1, -1), encoder, decoder
 
     def noise_like(self,
         images: Tensor, # Shape (batch, channels, height, width)
@@ -212,9 +226,11 @@ class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='
     ) -> Tensor: # Standard normal, shape (glimpses, batch, latent_size)
         "Noise for these images, once both are known to fit this network; raises `ValueError` if not"
         c = self.config
-        if images.shape[1:] != (c.channels, c.height, c.width): raise ValueError(f'images of shape {tuple(images.shape)} do not fit a network for (batch, {c.channels}, {c.height}, {c.width})')
-        if noise is None: return torch.randn(glimpses or c.glimpses, len(images), c.latent_size, dtype=self.initial_canvas.dtype, device=images.device)
-        if noise.ndim != 3 or noise.shape[1:] != (len(images), c.latent_size): raise ValueError(f'noise of shape {tuple(noise.shape)} does not fit (glimpses, {len(images)}, {c.latent_size})')
+        expected = c.channels, c.height, c.width
+        if images.shape[1:] != expected: raise ValueError(f'images of shape {tuple(images.shape)} do not fit a network for (batch, *{expected})')
+        expected = len(images), c.latent_size
+        if noise is None: return torch.randn(glimpses or c.glimpses, *expected, dtype=self.initial_canvas.dtype, device=images.device)
+        if noise.ndim != 3 or noise.shape[1:] != expected: raise ValueError(f'noise of shape {tuple(noise.shape)} does not fit (glimpses, *{expected})')
         return noise
 
     @torch.no_grad()
@@ -233,7 +249,8 @@ class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='
     ) -> 'DRAW': # In evaluation mode
         "Load configuration and weights; raises `ValueError` where they do not fit each other"
         folder = find_weights(name)
-        with explained(ValueError, f'the weights and the config.json of {name} do not fit each other or are damaged', RuntimeError, SafetensorError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+        problems = RuntimeError, SafetensorError, TypeError, json.JSONDecodeError, UnicodeDecodeError
+        with explained(ValueError, f'the weights and the config.json of {name} do not fit each other or are damaged', *problems):
             if folder: DRAWConfig(**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
             with contextlib.redirect_stdout(io.StringIO()): return super().from_pretrained(str(folder or name), strict=True, **options)
 
@@ -242,7 +259,7 @@ class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='
         "Hub repositories with pickled weights only: refused, because unpickling runs whatever code is in the file"
         raise ValueError(f'{model_file} is a pickle: only model.safetensors is loaded')
 
-# %% ../nbs/30_model.ipynb #a709be67
+# %% ../nbs/30_model.ipynb #c42ae6d9
 PRETRAINED = Path(str(files('draw_nbdev') / 'pretrained')) # A folder for each packaged name
 
 def find_weights(
@@ -253,4 +270,5 @@ def find_weights(
         if (folder / 'config.json').is_file() and (folder / 'model.safetensors').is_file(): return folder
     if Path(name).exists() or str(name).count('/') != 1 or str(name).startswith(('.', '/')):
         known = ', '.join(sorted(p.parent.name for p in PRETRAINED.glob('*/config.json'))) or 'none'
-        raise ValueError(f'no weights in {name}: give a packaged name ({known}), a folder with config.json and model.safetensors, or owner/name on the Hub')
+        raise ValueError(f'no weights in {name}: give a packaged name ({known}), a folder with config.json and model.safetensors, '
+                         'or owner/name on the Hub')

@@ -6,7 +6,7 @@
 __all__ = ['WRITE_COLOR', 'READ_COLOR', 'image_grid', 'save', 'draw_windows', 'sequence_grid', 'animation',
            'samples_with_neighbours', 'learning_curves', 'kl_per_step']
 
-# %% ../nbs/80_plots.ipynb #5c464d9a
+# %% ../nbs/80_plots.ipynb #3ab266d0
 import math, os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor
 
-# %% ../nbs/80_plots.ipynb #732f0a49
+# %% ../nbs/80_plots.ipynb #a59c14b4
 _FIELDS = 'center_x', 'center_y', 'stride', 'variance'
 WRITE_COLOR, READ_COLOR = '#e8291c', '#00b050' # The paper's: red where the network writes, green where it reads
 
@@ -53,7 +53,7 @@ def image_grid(
     if len(images) > 1: grid = grid[:, pad:grid.shape[1] - pad, pad:grid.shape[2] - pad] # a single image gets no margin from make_grid
     return Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
 
-# %% ../nbs/80_plots.ipynb #4ff6721f
+# %% ../nbs/80_plots.ipynb #22e8c197
 def save(
     picture, # PIL image or matplotlib figure
     path: str | os.PathLike, # Where to; the ending says the format. Missing folders are made
@@ -73,7 +73,7 @@ def save(
     finally: temporary.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/80_plots.ipynb #07301348
+# %% ../nbs/80_plots.ipynb #211eeb85
 def draw_windows(
     images: Tensor, # Images in [0, 1], shape (..., channels, height, width), 1 or 3 channels
     windows, # Windows in pixels: `center_x`, `center_y`, `stride`, `variance` of a shape that broadcasts with the images' leading axes
@@ -103,7 +103,7 @@ def draw_windows(
     ink = torch.tensor(ImageColor.getrgb(color)[:3]).view(3, 1, 1) / 255
     return torch.where((outer & ~inner).unsqueeze(-3), ink, _enlarge(images, zoom))
 
-# %% ../nbs/80_plots.ipynb #2d35397c
+# %% ../nbs/80_plots.ipynb #c07431ed
 def _at_times(
     canvases: Tensor, # Logits from the initial canvas on, shape (glimpses + 1, batch, channels, height, width)
     windows, # Windows of each write, fields of shape (glimpses, batch), in pixels, or None
@@ -140,7 +140,7 @@ def sequence_grid(
     images = _at_times(canvases, windows, size, times, zoom, color)
     return image_grid(images.transpose(0, 1).flatten(0, 1), columns=len(times), pad=pad)
 
-# %% ../nbs/80_plots.ipynb #fad7f438
+# %% ../nbs/80_plots.ipynb #64c0ba91
 def animation(
     canvases: Tensor, # Logits from the initial canvas on, shape (glimpses + 1, batch, channels, height, width)
     path: str | os.PathLike, # Where to write the GIF
@@ -173,7 +173,7 @@ def animation(
     durations = [duration] * (len(frames) - 1) + [hold]
     return save(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
 
-# %% ../nbs/80_plots.ipynb #3ba61d49
+# %% ../nbs/80_plots.ipynb #df9febdf
 def samples_with_neighbours(
     samples: Tensor, # Generated images in [0, 1], shape (rows * columns, channels, height, width)
     neighbours: Tensor, # Training image nearest to the last sample of each row, in [0, 1], shape (rows, channels, height, width)
@@ -191,7 +191,7 @@ def samples_with_neighbours(
     picture.paste(right, (picture.width - right.width, 0))
     return picture
 
-# %% ../nbs/80_plots.ipynb #d4ba6b34
+# %% ../nbs/80_plots.ipynb #8a680094
 _INK = {'train': '#7a8794', 'valid': '#0072b2', 'reconstruction': '#d55e00', 'latent': '#009e73'} # Okabe and Ito's colours, and a grey
 _AXES = {'step': 'gradient steps', 'epoch': 'epochs', 'images': 'training images seen'}
 

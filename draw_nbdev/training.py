@@ -6,7 +6,7 @@
 __all__ = ['TrainOptions', 'learning_rate', 'kl_weight', 'glimpses_at', 'generator_for', 'moving_average', 'save_state',
            'load_state', 'save_weights', 'check_folder', 'open_run', 'read_metrics', 'keep_metrics', 'train', 'Log']
 
-# %% ../nbs/60_training.ipynb #9adb47ba
+# %% ../nbs/60_training.ipynb #9803b4c1
 import json, os, shutil
 from dataclasses import asdict, dataclass, replace
 from math import cos, isfinite, pi
@@ -26,12 +26,12 @@ from .evaluation import evaluate
 from .loss import bound
 from .model import DRAW, DRAWConfig, explained
 
-# %% ../nbs/60_training.ipynb #42d061e9
+# %% ../nbs/60_training.ipynb #22fb9219
 @dataclass(frozen=True)
 class TrainOptions:
     "Everything that shapes a run beside the network and the data; raises `ValueError` for values that make no run"
     epochs: int = 100 # Passes over the training set
-    growth: tuple[tuple[int, int], ...] = () # (glimpses, epochs) pairs to begin with fewer steps; what remains of `epochs` runs at the configuration's
+    growth: tuple[tuple[int, int], ...] = () # (glimpses, epochs) pairs to begin with; the other epochs run at the configuration's glimpses
     batch_size: int = 100 # Images per update, all processes together
     learning_rate: float = 1e-3 # Adam's step size at its highest
     final_rate: float = 0.05 # Share of the learning rate that is left at the end of its cosine
@@ -56,10 +56,12 @@ class TrainOptions:
         if not 0 <= self.average < 1: raise ValueError(f'average must be at least 0 and below 1, got {self.average}')
         if not 0 <= self.final_rate <= 1: raise ValueError(f'final_rate must be between 0 and 1, got {self.final_rate}')
         if self.precision not in ('no', 'bf16', 'fp16'): raise ValueError(f'precision must be no, bf16 or fp16, got {self.precision!r}')
-        if any(len(stage) != 2 or min(stage) < 1 for stage in self.growth): raise ValueError(f'growth needs pairs of glimpses and epochs, each at least 1, got {self.growth}')
-        if sum(epochs for _, epochs in self.growth) >= self.epochs and self.growth: raise ValueError(f'growth takes {sum(e for _, e in self.growth)} epochs and must leave at least one of {self.epochs} for the full number of glimpses')
+        if any(len(stage) != 2 or min(stage) < 1 for stage in self.growth):
+            raise ValueError(f'growth needs pairs of glimpses and epochs, each at least 1, got {self.growth}')
+        grown = sum(epochs for _, epochs in self.growth)
+        if grown >= self.epochs: raise ValueError(f'growth takes {grown} of {self.epochs} epochs: leave at least one for the full number of glimpses')
 
-# %% ../nbs/60_training.ipynb #9a77d2d2
+# %% ../nbs/60_training.ipynb #83021776
 def learning_rate(
     options: TrainOptions,
     step: int, # Updates done so far
@@ -88,7 +90,7 @@ def glimpses_at(
         epoch -= epochs
     return full
 
-# %% ../nbs/60_training.ipynb #856da289
+# %% ../nbs/60_training.ipynb #94adc859
 def generator_for(
     seed: int, # Of the run
     stream: int, # Which purpose
@@ -97,7 +99,7 @@ def generator_for(
     "The source of randomness for one purpose at one moment of a run"
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]))
 
-# %% ../nbs/60_training.ipynb #62a21151
+# %% ../nbs/60_training.ipynb #3785ba48
 def moving_average(decay):
     "An exponential moving average for `AveragedModel`, whose decay rises to `decay` over the first updates"
     @torch.no_grad()
@@ -105,7 +107,7 @@ def moving_average(decay):
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count.item()) / (10 + count.item())))
     return update
 
-# %% ../nbs/60_training.ipynb #bb11b06e
+# %% ../nbs/60_training.ipynb #4e603f47
 def save_state(accelerator, averaged, progress, out):
     "Write state-NUMBER completely or not at all, then remove older ones"
     final, partial = out / f'state-{progress["step"]:08d}', out / 'state.tmp'
@@ -127,7 +129,8 @@ def load_state(accelerator, averaged, out):
     "Go on from the newest state: its progress, or None where there is none"
     states = sorted(out.glob('state-*'))
     if not states: return None
-    with explained(ValueError, f'{states[-1]} is damaged: remove it to begin again', SafetensorError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError):
+    problems = SafetensorError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError
+    with explained(ValueError, f'{states[-1]} is damaged: remove it to begin again', *problems):
         accelerator.load_state(states[-1])
         averaged.load_state_dict(load_file(states[-1] / 'averaged.safetensors'))
         return json.loads((states[-1] / 'progress.json').read_text(encoding='utf-8'))
@@ -142,7 +145,7 @@ def save_weights(model, folder, history):
     for file in partial.iterdir(): os.replace(file, folder / file.name)
     partial.rmdir()
 
-# %% ../nbs/60_training.ipynb #0903e309
+# %% ../nbs/60_training.ipynb #e8ff31fe
 def check_folder(
     out: Path, # Where something is about to be written
     marker: str, # File that says a folder was made for this, such as run.json
@@ -156,13 +159,15 @@ def open_run(out, description, write):
     file = out / 'run.json'
     check_folder(out, file.name)
     if file.is_file():
-        try: old = json.loads(file.read_text(encoding='utf-8'))
-        except ValueError as error: raise ValueError(f'{file} is damaged ({error}): choose another --out') from error
-        flat = lambda d: {f'{k}.{l}' if isinstance(v, dict) else k: w for k, v in d.items() for l, w in (v.items() if isinstance(v, dict) else [(k, v)])}
-        a, b = flat(old), flat(description)
-        differing = sorted(k for k in (a | b).keys() - {'version', 'options.epochs'} if a.get(k) != b.get(k))
-        if differing: raise ValueError(f'{out} holds a run with other settings ({", ".join(f"{k} {a.get(k)} there, {b.get(k)} here" for k in differing[:3])}): choose another --out')
-        if a['options.epochs'] > b['options.epochs']: raise ValueError(f'{out} holds a run of {a["options.epochs"]} epochs, more than {b["options.epochs"]}: choose another --out')
+        with explained(ValueError, f'{file} is damaged: choose another --out', ValueError, KeyError, TypeError, AttributeError):
+            runs = json.loads(file.read_text(encoding='utf-8')), description
+            there, here = ({f'{part}.{name}': value for part in ('config', 'options', 'data') for name, value in run[part].items()} for run in runs)
+        differing = sorted(name for name in (there.keys() | here.keys()) - {'options.epochs'} if there.get(name) != here.get(name))
+        if differing:
+            difference = ', '.join(f'{name} {there.get(name)} there, {here.get(name)} here' for name in differing[:3])
+            raise ValueError(f'{out} holds a run with other settings ({difference}): choose another --out')
+        epochs = there['options.epochs'], here['options.epochs']
+        if epochs[0] > epochs[1]: raise ValueError(f'{out} holds a run of {epochs[0]} epochs, more than {epochs[1]}: choose another --out')
     if write:
         out.mkdir(parents=True, exist_ok=True)
         partial = out / 'run.json.tmp'
@@ -185,7 +190,7 @@ def keep_metrics(out, step):
     partial.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
     partial.replace(out / 'metrics.jsonl')
 
-# %% ../nbs/60_training.ipynb #b04baea0
+# %% ../nbs/60_training.ipynb #803b2846
 def train(
     config: DRAWConfig, # The network
     train_set: Images, # Images to learn from
@@ -195,11 +200,13 @@ def train(
 ) -> DRAW: # Averaged weights of the best validation bound
     "Minimise the bound and keep the averaged weights that do best on validation images; raises `ValueError` for what cannot be run"
     o, out = options, Path(out)
-    if train_set.shape != (config.channels, config.height, config.width): raise ValueError(f'images of shape {train_set.shape} do not fit a network for {(config.channels, config.height, config.width)}')
-    if len(train_set) < o.batch_size: raise ValueError(f'{len(train_set)} training images are fewer than one batch of {o.batch_size}: choose a smaller batch size')
+    expected = config.channels, config.height, config.width
+    if train_set.shape != expected: raise ValueError(f'images of shape {train_set.shape} do not fit a network for {expected}')
+    if len(train_set) < o.batch_size: raise ValueError(f'{len(train_set)} images are fewer than one batch of {o.batch_size}: choose a smaller batch size')
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=o.precision)
-    if o.batch_size % accelerator.num_processes: raise ValueError(f'a batch of {o.batch_size} does not divide among {accelerator.num_processes} processes')
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    processes = accelerator.num_processes
+    if o.batch_size % processes: raise ValueError(f'a batch of {o.batch_size} does not divide among {processes} processes')
+    share = slice(accelerator.process_index, None, processes)
     main = accelerator.is_main_process
     description = {'config': asdict(config), 'options': json.loads(json.dumps(asdict(o))), 'version': __version__,
                    'data': {'name': train_set.name, 'note': train_set.note, 'train': train_set.checksum, 'valid': valid_set.checksum}}
@@ -241,8 +248,9 @@ def train(
         if done % o.log_every == 0 or done == total:
             values = accelerator.reduce(torch.stack([v.mean().detach() for v in parts[:3]]), 'mean').tolist()
             if not isfinite(values[0]): raise ValueError(diverged)
-            if main: log.write(done, epoch, 'train', T, values, kl_weight=kl_weight(o, step), gradient_norm=norm.item(), learning_rate=learning_rate(o, step, total),
-                               images_per_s=(done - clock[1]) * o.batch_size / (perf_counter() - clock[0]))
+            speed = (done - clock[1]) * o.batch_size / (perf_counter() - clock[0])
+            if main: log.write(done, epoch, 'train', T, values, kl_weight=kl_weight(o, step), gradient_norm=norm.item(),
+                               learning_rate=learning_rate(o, step, total), images_per_s=speed)
             clock = perf_counter(), done
         if done % o.save_every == 0 or done % per_epoch == 0:
             if not all(p.isfinite().all() for p in averaged.parameters()): raise ValueError(diverged)
@@ -250,12 +258,13 @@ def train(
         if done % per_epoch == 0:
             if main:
                 result = evaluate(averaged.module, valid_set, glimpses=T, limit=o.valid_images)
-                log.write(done, epoch, 'valid', T, (result.bound, result.reconstruction, result.latent), bound_se=result.bound_se, kl_per_step=result.kl_per_step,
-                          seconds=progress['seconds'], cpu_seconds=progress['cpu_seconds'])
+                times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
+                log.write(done, epoch, 'valid', T, (result.bound, result.reconstruction, result.latent),
+                          bound_se=result.bound_se, kl_per_step=result.kl_per_step, **times)
                 if progress['best'] is None or T != progress['best_glimpses'] or result.bound < progress['best']:
                     progress.update(best=result.bound, best_glimpses=T)
-                    save_weights(averaged.module, out / 'best', {**description, 'epochs': epoch + 1, 'glimpses': T, 'valid_bound': result.bound,
-                                                                'seconds': progress['seconds'], 'cpu_seconds': progress['cpu_seconds']})
+                    history = {**description, 'epochs': epoch + 1, 'glimpses': T, 'valid_bound': result.bound, **times}
+                    save_weights(averaged.module, out / 'best', history)
             clock = perf_counter(), done
         if done % o.save_every == 0 or done % per_epoch == 0:
             save_state(accelerator, averaged, progress, out)
@@ -263,7 +272,7 @@ def train(
     accelerator.free_memory()
     return DRAW.from_pretrained(out)
 
-# %% ../nbs/60_training.ipynb #f20158c9
+# %% ../nbs/60_training.ipynb #d5d82eef
 class Log:
     "One line of JSON and one point on TensorBoard's curves at a time"
     def __init__(self, out, step):

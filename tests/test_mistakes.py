@@ -3,8 +3,10 @@
 Every row of `MISTAKES` puts one mistake into the package, by changing the text of one function, and names the check that must then fail.
 A test first runs its check on the package as it is. References are NumPy, torch.distributions and torch.nn, never the package itself.
 """
-import functools, inspect, json, tempfile, textwrap
+import inspect, json, tempfile, textwrap
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -19,6 +21,7 @@ from draw_nbdev.evaluation import evaluate
 from draw_nbdev.filterbank import attention_window, filterbank
 from draw_nbdev.loss import bound, importance_weighted_bound, kl_divergence, reconstruction_loss
 from draw_nbdev.model import DRAW, DRAWConfig, LSTMCell
+from draw_nbdev.scan import look, lstm, read, write
 from draw_nbdev.training import TrainOptions, read_metrics, train
 
 # Wider than high, in colour, with patches of different sizes: nothing that can be mixed up has the same shape
@@ -83,10 +86,12 @@ def draw_by_hand(model, x, noise):
 
 # ---- what the checks look at
 
-def random_model(config=SMALL, seed=0):
+SCANS = 'reference', 'fused' # Both ways to run the recurrence are checked; most mistakes are put into the first, which is the definition
+
+def random_model(config=SMALL, scan='reference'):
     "A network in float64 whose every parameter is random, initial states included"
-    torch.manual_seed(seed)
-    model = DRAW(config).double()
+    torch.manual_seed(0)
+    model = DRAW(config, scan).double()
     with torch.no_grad():
         for p in model.parameters(): p.copy_(torch.randn_like(p) * 0.3)
     return model
@@ -225,8 +230,8 @@ def check_windows_are_distinct():
 def check_network():
     "The recurrence against the equations in NumPy: with and without attention, and at its smallest"
     smallest = DRAWConfig(height=3, width=2, channels=1, glimpses=1, hidden_size=2, latent_size=1, read_size=1, write_size=1)
-    for config, count in ((SMALL, 2), (replace(SMALL, attention=False), 2), (smallest, 1)):
-        model = random_model(config)
+    for scan, (config, count) in product(SCANS, ((SMALL, 2), (replace(SMALL, attention=False), 2), (smallest, 1))):
+        model = random_model(config, scan)
         x, noise = torch.rand(count, config.channels, config.height, config.width).double(), torch.randn(config.glimpses, count, config.latent_size).double()
         output = model(x, noise)
         drawing = model.reconstruct(x, noise)
@@ -249,13 +254,14 @@ def check_lstm():
 
 def check_initial_states():
     "c_0, h_0 and the cells are weights that the loss reaches, and pictures start from them"
-    model = random_model()
-    x = torch.rand(2, 3, 5, 7).double()
-    bound(model(x), x).total.sum().backward()
-    named = dict(model.named_parameters())
-    for name in ('initial_canvas', 'initial_encoder', 'initial_decoder'):
-        assert name in named and named[name].grad is not None and (named[name].grad.flatten(1).abs().sum(1) > 0).all(), name
-    for drawing in (model.generate(2), model.reconstruct(x)): assert_close(drawing.canvases[0], np.stack([model.initial_canvas.detach()] * 2))
+    for scan in SCANS:
+        model = random_model(scan=scan)
+        x = torch.rand(2, 3, 5, 7).double()
+        bound(model(x), x).total.sum().backward()
+        named = dict(model.named_parameters())
+        for name in ('initial_canvas', 'initial_encoder', 'initial_decoder'):
+            assert name in named and named[name].grad is not None and (named[name].grad.flatten(1).abs().sum(1) > 0).all(), name
+        for drawing in (model.generate(2), model.reconstruct(x)): assert_close(drawing.canvases[0], np.stack([model.initial_canvas.detach()] * 2))
 
 def check_picture_is_the_canvas():
     "Nothing comes after the canvas: lifting c_0 lifts a generated picture by the same, and there are no weights but those of the equations"
@@ -317,8 +323,8 @@ def check_bound():
 
 def check_noise_of_the_network():
     "A network that is called without noise draws it afresh each time"
-    model, x = random_model(), torch.rand(4, 3, 5, 7).double()
-    outputs = [model(x), model(x)]
+    x = torch.rand(4, 3, 5, 7).double()
+    outputs = [model(x) for model in [random_model(scan=scan) for scan in SCANS] for _ in range(2)]
     assert_all_different([((o.latents - o.means) / o.log_deviations.exp()).detach() for o in outputs])
 
 def check_noise_of_training():
@@ -394,19 +400,14 @@ class Mistake:
 
 WINDOW_FORM = '[:, None, None, None]'
 EXPONENT = '-distance**2 / (2 * variance[:, None, None])'
+FRESH = 'torch.randn(glimpses or c.glimpses, *expected, dtype=self.initial_canvas.dtype, device=images.device)'
 NOISE = 'torch.randn(T, o.batch_size, config.latent_size, generator=random)'
 
 MISTAKES = [
     # 1. One noise draw shared by all steps, or by the batch
-    Mistake(1, 'one noise for all steps', check_noise_of_the_network, DRAW.noise_like,
-            'return torch.randn(glimpses or c.glimpses, len(images), c.latent_size, dtype=self.initial_canvas.dtype, device=images.device)',
-            'return torch.randn(1, len(images), c.latent_size, dtype=self.initial_canvas.dtype).expand(glimpses or c.glimpses, -1, -1)'),
-    Mistake(1, 'one noise for the batch', check_noise_of_the_network, DRAW.noise_like,
-            'return torch.randn(glimpses or c.glimpses, len(images), c.latent_size, dtype=self.initial_canvas.dtype, device=images.device)',
-            'return torch.randn(glimpses or c.glimpses, 1, c.latent_size, dtype=self.initial_canvas.dtype).expand(-1, len(images), -1)'),
-    Mistake(1, 'one noise for all dimensions', check_noise_of_the_network, DRAW.noise_like,
-            'return torch.randn(glimpses or c.glimpses, len(images), c.latent_size, dtype=self.initial_canvas.dtype, device=images.device)',
-            'return torch.randn(glimpses or c.glimpses, len(images), 1, dtype=self.initial_canvas.dtype).expand(-1, -1, c.latent_size)'),
+    Mistake(1, 'one noise for all steps', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:1].expand(glimpses or c.glimpses, -1, -1)'),
+    Mistake(1, 'one noise for the batch', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:, :1].expand(-1, len(images), -1)'),
+    Mistake(1, 'one noise for all dimensions', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:, :, :1].expand(-1, -1, c.latent_size)'),
     Mistake(1, 'one noise for all steps, in training', check_noise_of_training, train, NOISE, f'{NOISE}[:1].expand(T, -1, -1)'),
     Mistake(1, 'one noise for the batch, in training', check_noise_of_training, train, NOISE, f'{NOISE}[:, :1].expand(-1, o.batch_size, -1)'),
     Mistake(1, 'one noise for all updates', check_noise_of_training, train, 'generator_for(o.seed, 1, step)', 'generator_for(o.seed, 1, 0)'),
@@ -428,6 +429,7 @@ MISTAKES = [
     Mistake(3, 'grid shifted by half a stride', check_filters, filterbank, '(size - 1) / 2', 'size / 2'),
     # 4. Pixel coordinates 0..A-1 with Eq. 22's 1..A
     Mistake(4, 'pixels counted from 0', check_filters, filterbank, 'torch.arange(1, length + 1,', 'torch.arange(length,'),
+    Mistake(4, 'pixels counted from 0, in the fused scan', check_network, look, 'torch.sub(pixel, mu', 'torch.sub(pixel - 1, mu'),
     # 5. Exponent squared whole, or without the 1/2, or variance used as deviation
     Mistake(5, 'exponent squared whole', check_filters, filterbank, EXPONENT, '-(distance / (2 * variance[:, None, None]))**2'),
     Mistake(5, 'exponent without 1/2', check_filters, filterbank, EXPONENT, '-distance**2 / variance[:, None, None]'),
@@ -449,10 +451,13 @@ MISTAKES = [
     Mistake(9, 'no h_dec in the encoder', check_network, DRAW.steps, '[reading, decoder[0]]', '[reading, torch.zeros_like(decoder[0])]'),
     # 10. Error image without the sigmoid
     Mistake(10, 'error image without sigmoid', check_network, DRAW.steps, 'images - canvas.sigmoid()', 'images - canvas'),
+    Mistake(10, 'error image without sigmoid, in the fused scan', check_network, read, 'torch.sigmoid(w.canvas, out=v.sigma)', 'v.sigma.copy_(w.canvas)'),
     # 11. gamma multiplied in write, or ignored
     Mistake(11, 'gamma multiplied in write', check_read_and_write, AttentiveWrite.forward, f'/ window.intensity{WINDOW_FORM}', f'* window.intensity{WINDOW_FORM}'),
     Mistake(11, 'gamma ignored in write', check_read_and_write, AttentiveWrite.forward, f'/ window.intensity{WINDOW_FORM}', ''),
     Mistake(11, 'gamma ignored in read', check_read_and_write, AttentiveRead.forward, f'window.intensity{WINDOW_FORM} * patches', 'patches'),
+    Mistake(11, 'gamma multiplied in write, in the fused scan', check_network, write, 'v.inverse_gamma', 'v.gamma'),
+    Mistake(11, 'gamma ignored in read, in the fused scan', check_network, read, 'v.gamma', 'torch.ones_like(v.gamma)'),
     # 12. F_Y built from mu_X, patches transposed
     Mistake(12, 'F_Y built from mu_X', check_read_and_write, filters, 'window.center_y', 'window.center_x'),
     Mistake(12, 'g_X and g_Y swapped', check_window, attention_window, 'g_x, g_y,', 'g_y, g_x,'),
@@ -470,6 +475,7 @@ MISTAKES = [
     Mistake(14, 'initial canvas is not learned', check_initial_states, DRAW.__init__, 'self.initial_canvas = nn.Parameter(torch.zeros(c.channels, c.height, c.width))',
             "self.register_buffer('initial_canvas', torch.zeros(c.channels, c.height, c.width))"),
     Mistake(14, 'no tanh on the cell', check_lstm, LSTMCell.forward, 'self.norm(cell).tanh()', 'self.norm(cell)'),
+    Mistake(14, 'no tanh on the cell, in the fused scan', check_network, lstm, 'torch.mul(cell, 2, out=now.tanh).sigmoid_().mul_(2).sub_(1)', 'now.tanh.copy_(cell)'),
     # 15. Selection on the test set; unshuffled training; grey cross-entropy quoted as a likelihood
     Mistake(15, 'selection on the test set', check_no_test_set, train, 'evaluate(averaged.module, valid_set,', "evaluate(averaged.module, Images(1 - valid_set.pixels, 'toy', 'test', levels=1),"),
     Mistake(15, 'unshuffled training', check_shuffling, train, 'torch.randperm(len(train_set), generator=generator_for(o.seed, 0, epoch))', 'torch.arange(len(train_set))'),
@@ -494,7 +500,7 @@ def put_in(patch, function, old, new):
     exec(compile(program, f'<{function.__qualname__} with a mistake>', 'exec'), function.__globals__, scope)
     patch.setattr(function, '__code__', inspect.unwrap(scope['wrapper'](None)).__code__)
 
-@functools.cache
+@cache
 def passes(check):
     "Run a check on the package as it is, once"
     check()

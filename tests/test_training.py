@@ -70,7 +70,7 @@ def updates_saved(out, least=0):
 
 # ---- training in processes of their own
 
-def child(out, options=OPTIONS, environment={}, die_at=None, count_in=None, file_limit=None, slow_to_make=0, slow_to_look=0, report=None):
+def child(out, options=OPTIONS, environment={}, die_at=None, file_limit=None, slow_to_make=0, slow_to_look=0, report=None):
     "What a forked process does: train, and die or suffer on the way as asked"
     os.environ.update(environment, ACCELERATE_USE_CPU='true')
     torch.set_num_threads(1)
@@ -92,7 +92,6 @@ def child(out, options=OPTIONS, environment={}, die_at=None, count_in=None, file
     except Exception as error:
         if report is None: raise
         report.write_text(json.dumps([[kind.__name__ for kind in type(error).__mro__], str(error)]))
-    if count_in: count_in.write_text(str(operations))
 
 @pytest.fixture(scope='session')
 def start():
@@ -119,9 +118,9 @@ def finish(*processes, seconds=120):
 
 @pytest.fixture(scope='session')
 def undisturbed(tmp_path_factory, start):
-    "Folder of a run that nothing happened to, with the number of its file operations beside it"
+    "Folder of a run that nothing happened to"
     out = tmp_path_factory.mktemp('undisturbed') / 'run'
-    assert finish(start(out, count_in=out.parent / 'operations')) == [0]
+    assert finish(start(out)) == [0]
     assert [row['step'] for row in read_metrics(out) if row['split'] == 'train'] == list(range(1, LAST + 1))
     return out
 
@@ -134,15 +133,12 @@ def test_in_another_process_the_run_is_the_same(undisturbed, tmp_path):
 # ---- kill -9
 
 def test_killed_at_random_moments(start, undisturbed, tmp_path):
-    "SIGKILL from outside, again and again, until the run comes to its end"
-    out, chance = tmp_path / 'run', random.Random(0)
-    began = time.perf_counter()
-    assert finish(start(tmp_path / 'timed')) == [0]
-    duration = time.perf_counter() - began
-    codes, saved = [], 0
+    "SIGKILL from outside, some moments after some update, again and again; then the run is left alone"
+    out, chance, codes, saved = tmp_path / 'run', random.Random(0), [], 0
     for _ in range(6):
-        process = start(out)
-        time.sleep(duration * chance.uniform(0.2, 0.9))
+        process, until = start(out), saved + chance.randint(1, 4)
+        while process.is_alive() and max([row['step'] for row in read_metrics(out)], default=0) < until: time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.03))
         process.kill()
         codes += finish(process)
         saved = updates_saved(out, saved)
@@ -150,18 +146,35 @@ def test_killed_at_random_moments(start, undisturbed, tmp_path):
     assert finish(start(out)) == [0]
     assert_same(out, undisturbed)
 
-@pytest.mark.parametrize('first, step', [(1, 1), (9, 3), (10, 3), (11, 3)]) # the first save of a state begins at the 8th operation, that of the best weights at the 14th
-def test_killed_before_a_file_operation(start, undisturbed, tmp_path, first, step):
-    "SIGKILL just before the n-th time that a file of the run is opened, renamed or removed, for one n after the other"
-    out, total = tmp_path / 'run', int((undisturbed.parent / 'operations').read_text())
-    assert total > 60
-    codes, saved = [], 0
-    for n in range(first, first + 8 * step, step):
-        codes += finish(start(out, die_at=n))
+def test_killed_again_and_again_before_a_file_operation(start, undisturbed, tmp_path):
+    "SIGKILL just before the n-th time that a file of the run is opened, renamed or removed, for n = 1, 2, ..., until it ends"
+    out, saved = tmp_path / 'run', 0
+    for n in range(1, 1000):
+        code, = finish(start(out, die_at=n + n // 10 * 8)) # the first files one by one, later ones with gaps
         saved = updates_saved(out, saved)
-    assert set(codes) <= {-signal.SIGKILL, 0} and codes.count(-signal.SIGKILL) >= 4
-    assert finish(start(out)) == [0]
+        if code == 0: break
+        assert code == -signal.SIGKILL
+    assert n > 20
     assert_same(out, undisturbed)
+
+def test_killed_before_each_file_operation_of_saving(start, undisturbed, tmp_path):
+    "SIGKILL just before the n-th operation, for every n until new states and better weights have replaced those that were there"
+    base, out = tmp_path / 'base', tmp_path / 'run'
+    with pytest.raises(InterruptedError): toy_train(base, batches=9)
+    assert updates_saved(base) == 8
+    best, found = (base / 'best/model.safetensors').read_bytes(), set()
+    for n in range(1, 1000):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(base, out)
+        assert finish(start(out, die_at=n)) == [-signal.SIGKILL]
+        saved = updates_saved(out, 8)
+        DRAW.from_pretrained(out)
+        found.add((saved, (out / 'best/model.safetensors').read_bytes() == best))
+        if n % 10 == 0: # the run can go on from here
+            toy_train(out)
+            assert_same(out, undisturbed)
+        if saved > 12: break
+    assert n > 40 and found >= {(8, True), (8, False), (12, False)}
 
 def test_remains_of_a_killed_process_do_no_harm(undisturbed, tmp_path):
     "Half-written files of every kind, and a line of metrics that was cut off"

@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'CROP', 'GROWTH', 'SVHN_URL', 'SVHN_SHA256', 'MOST_DIGITS', 'PATCH', 'digit_boxes', 'grown_box',
            'crop_number', 'find_parts', 'PatchImages', 'house_numbers', 'svhn', 'cifar10']
 
-# %% ../nbs/56_colour.ipynb #31d6ef86
+# %% ../nbs/56_colour.ipynb #a7e5eb45
 import hashlib, io, tarfile, zipfile, zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .data import SPLITS, Images, _md5, _one_line, _open_url, _places, _write_somewhere
 from .images import _opened
 
-# %% ../nbs/56_colour.ipynb #de873c67
+# %% ../nbs/56_colour.ipynb #8badfe99
 FIELDS = b'left', b'top', b'width', b'height'
 
 def _values(dataset: h5d.DatasetID) -> np.ndarray: # Shape (count,)
@@ -40,7 +40,7 @@ def _boxes(record: h5g.GroupID, file: h5f.FileID) -> np.ndarray: # Shape (digits
     if not np.isfinite(boxes).all(): raise ValueError('a box that is not finite')
     return boxes
 
-# %% ../nbs/56_colour.ipynb #da1e27c3
+# %% ../nbs/56_colour.ipynb #7170b6d9
 def digit_boxes(
     mat: bytes, # A whole file digitStruct.mat
 ) -> dict[str, np.ndarray]: # File name -> left, top, width, height in pixels, shape (digits, 4); left and top are counted from 0
@@ -62,7 +62,7 @@ def digit_boxes(
         found[name] = boxes
     return found
 
-# %% ../nbs/56_colour.ipynb #d2756f58
+# %% ../nbs/56_colour.ipynb #12d200c4
 CROP, GROWTH = 64, 1.3   # side of a prepared image, in pixels; size of its box relative to that of the digits
 
 def grown_box(
@@ -73,7 +73,8 @@ def grown_box(
     "The box around all digits, grown about its centre"
     low, high = boxes[:, :2].min(0), (boxes[:, :2] + boxes[:, 2:]).max(0)
     if not ((low < high) & (low < (width, height)) & (high > 0)).all():
-        raise ValueError(f'boxes from {tuple(low.tolist())} to {tuple(high.tolist())} lie outside the image of {height} x {width} (height x width)')
+        corners = f'{tuple(low.tolist())} to {tuple(high.tolist())}'
+        raise ValueError(f'boxes from {corners} lie outside the image of {height} x {width} (height x width)')
     center, half = (low + high)/2, (high - low)/2*GROWTH
     return *np.maximum(center - half, 0).tolist(), *np.minimum(center + half, (width, height)).tolist()
 
@@ -85,7 +86,7 @@ def crop_number(
     box = grown_box(boxes, image.height, image.width)
     return np.asarray(image.convert('RGB').resize((CROP, CROP), Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1)
 
-# %% ../nbs/56_colour.ipynb #f77a234f
+# %% ../nbs/56_colour.ipynb #922c74e0
 SVHN_URL = 'http://ufldl.stanford.edu/housenumbers/'
 SVHN_SHA256 = {
     'train': '4b17bb33b6cd8f963493168f80143da956f28ec406cc12f8e5745a9f91a51898',
@@ -107,11 +108,12 @@ def _is_in(name: str, part: str) -> bool:
 def find_parts(path: Path) -> dict[str, Path]: # 'train', 'extra', 'test' -> tar file, folder or zip file
     "The parts of SVHN below a folder, or in a zip file; none if it is something else"
     if path.is_dir():
-        places = {part: [o for o in (path/f'{part}.tar.gz', path/part) if o.is_file() or (o/'digitStruct.mat').is_file()] for part in SVHN_SHA256}
+        choices = {part: (path/f'{part}.tar.gz', path/part) for part in SVHN_SHA256}
+        places = {part: [o for o in both if o.is_file() or (o/'digitStruct.mat').is_file()] for part, both in choices.items()}
         return {part: found[0] for part, found in places.items() if found}
     if not zipfile.is_zipfile(path): return {}
-    with _damage_in(path), zipfile.ZipFile(path) as archive: names = archive.namelist()
-    return {part: path for part in SVHN_SHA256 if any(_is_in(name, part) and name.endswith('/digitStruct.mat') for name in [f'/{name}' for name in names])}
+    with _damage_in(path), zipfile.ZipFile(path) as archive: names = [name for name in archive.namelist() if name.endswith('/digitStruct.mat')]
+    return {part: path for part in SVHN_SHA256 if any(_is_in(name, part) for name in names)}
 
 def _part_files(place: Path, part: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
     "Names of the files of a part, as they are stored, each with a function that reads it before the next one is asked for"
@@ -125,7 +127,8 @@ def _part_files(place: Path, part: str) -> Iterator[tuple[str, Callable[[], byte
     else:
         with tarfile.open(place, 'r|gz') as archive:
             for member in archive:
-                if member.isfile() and _is_in(member.name, part): yield PurePosixPath(member.name).name, lambda: archive.extractfile(member).read()
+                if member.isfile() and _is_in(member.name, part):
+                    yield PurePosixPath(member.name).name, lambda: archive.extractfile(member).read()
 
 def _sha256(place: Path) -> str: # 64 hexadecimal digits
     "SHA-256 of a file; of a folder that of its digitStruct.mat and of what the file system says about the rest"
@@ -138,7 +141,7 @@ def _sha256(place: Path) -> str: # 64 hexadecimal digits
             while block := file.read(2**20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/56_colour.ipynb #d1e632b1
+# %% ../nbs/56_colour.ipynb #60fd59e8
 def _make_crops(place: Path, part: str) -> np.ndarray: # Shape (bytes,): a whole .npy file of crops (count, 3, 64, 64), uint8
     "Crop all numbers of a part, sorted by the MD5 of their names"
     with _damage_in(place):
@@ -160,7 +163,9 @@ def _make_crops(place: Path, part: str) -> np.ndarray: # Shape (bytes,): a whole
             except ValueError as error: raise ValueError(f'{place}: {part}/{name}: {error}') from None
             missing.discard(name)
             progress.update()
-    if missing: raise ValueError(f'{place}: {len(missing)} of {len(rows)} images named in {part}/digitStruct.mat are missing, such as {min(missing)}; get it again')
+    if missing:
+        raise ValueError(f'{place}: {len(missing)} of {len(rows)} images named in {part}/digitStruct.mat are missing, such as {min(missing)}; '
+                         'get it again')
     return whole
 
 def _crops(place: Path, part: str, checksum: str, root: str | Path | None) -> np.ndarray: # Shape (count, 3, 64, 64), uint8, on disk
@@ -172,9 +177,10 @@ def _crops(place: Path, part: str, checksum: str, root: str | Path | None) -> np
         crops = np.load(here[0], mmap_mode='r', allow_pickle=False)
         if crops.dtype != np.uint8 or crops.shape[1:] != (3, CROP, CROP): raise ValueError('wrong shape')
         return crops
-    except (ValueError, OSError, EOFError) as error: raise ValueError(f'{here[0]} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f'{here[0]} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
 
-# %% ../nbs/56_colour.ipynb #ddcfaf9e
+# %% ../nbs/56_colour.ipynb #a5d823c5
 PATCH = 54   # side of the patches, in pixels
 
 class PatchImages(Images):
@@ -190,13 +196,15 @@ class PatchImages(Images):
         spare = torch.tensor(self.pixels.shape[2:]) - PATCH   # rows and columns left over
         corners = torch.stack([torch.randint(o + 1, indices.shape, generator=generator) for o in spare]) if generator else (spare//2)[:, None]
         rows, columns = corners[..., None] + torch.arange(PATCH)
-        return self.pixels[indices[:, None, None, None], torch.arange(3)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]].float() / self.levels
+        images, channels = indices[:, None, None, None], torch.arange(3)[:, None, None]
+        return self.pixels[images, channels, rows[:, None, :, None], columns[:, None, None, :]].float() / self.levels
 
-# %% ../nbs/56_colour.ipynb #9785aa62
+# %% ../nbs/56_colour.ipynb #522e5545
 def house_numbers(
     path: str | Path, # Folder with train.tar.gz, extra.tar.gz, test.tar.gz, or these unpacked; or a zip of the unpacked folders
     split: str, # 'train' (random patches), 'valid' or 'test' (central patches)
     root: str | Path | None = None, # Data folder for the cache; `data_root()` if None
+    official_only: bool = False, # Refuse tar files that are not the official ones
 ) -> Images: # Images of 3 x 54 x 54
     "House numbers in the layout of SVHN, prepared as in section 4.4"
     path = Path(path)
@@ -204,9 +212,12 @@ def house_numbers(
     if not path.exists(): raise FileNotFoundError(f'{path}: no such folder or zip file')
     found = find_parts(path)
     wanted = ['test'] if split == 'test' else ['train', 'extra'] if 'extra' in found else ['train']
-    if wanted[0] not in found: raise FileNotFoundError(f'{path} has no {wanted[0]}.tar.gz and no folder {wanted[0]} with a digitStruct.mat; get it from {SVHN_URL}')
+    if wanted[0] not in found:
+        raise FileNotFoundError(f'{path} has no {wanted[0]}.tar.gz and no folder {wanted[0]} with a digitStruct.mat; get it from {SVHN_URL}')
     checksums = {part: _sha256(found[part]) for part in wanted}
-    official = all(checksums[part] == SVHN_SHA256[part] for part in wanted)
+    foreign = [found[part] for part in wanted if checksums[part] != SVHN_SHA256[part]]
+    for place in foreign:
+        if official_only and place.is_file(): raise ValueError(f'{place} is not the official file (wrong SHA-256); get it again from {SVHN_URL}')
     crops = [_crops(found[part], part, checksums[part], root) for part in wanted]
     total = sum(map(len, crops))
     if split != 'test':
@@ -216,15 +227,15 @@ def house_numbers(
         cuts = held - from_extra, from_extra
         crops = [o[:cut] if split == 'valid' else o[cut:] for o, cut in zip(crops, cuts)]
     pixels = torch.from_numpy(np.concatenate(crops))
-    name = 'svhn' if official else path.stem
+    name = path.stem if foreign else 'svhn'
     parts = ' and '.join(wanted)
-    if not official: note = f'house numbers of {path.name}, {parts}, not known to be the official SVHN: not comparable with the paper'
+    if foreign: note = f'house numbers of {path.name}, {parts}, not known to be the official SVHN: not comparable with the paper'
     else: note = f'SVHN full numbers, {parts}' + (', without extra: not the images of the paper' if wanted == ['train'] else '')
     if split == 'train': return PatchImages(pixels, name, split, note)
     edge = (CROP - PATCH)//2
     return Images(pixels[..., edge:edge + PATCH, edge:edge + PATCH].contiguous(), name, split, note)
 
-# %% ../nbs/56_colour.ipynb #81627caa
+# %% ../nbs/56_colour.ipynb #abdd853e
 def svhn(
     split: str, # 'train' (231,053 images), 'valid' (4,701) or 'test' (13,068)
     root: str | Path | None = None, # Data folder; `data_root()` if None
@@ -233,13 +244,11 @@ def svhn(
     folders = [place/'svhn' for place in _places(root)]
     folder = next((o for o in folders if o.is_dir() and find_parts(o)), None)
     if folder is None:
-        raise FileNotFoundError(f'svhn: put train.tar.gz, extra.tar.gz and test.tar.gz (2.6 GB, from {SVHN_URL}; non-commercial use only) into {folders[0]}')
-    for part, place in find_parts(folder).items():
-        if place.is_file() and (part == 'test') == (split == 'test') and _sha256(place) != SVHN_SHA256[part]:
-            raise ValueError(f'{place} is not the official file (wrong SHA-256); get it again from {SVHN_URL}')
-    return house_numbers(folder, split, root)
+        raise FileNotFoundError(f'svhn: put train.tar.gz, extra.tar.gz and test.tar.gz (2.6 GB, from {SVHN_URL}; non-commercial use only) '
+                                f'into {folders[0]}')
+    return house_numbers(folder, split, root, official_only=True)
 
-# %% ../nbs/56_colour.ipynb #c3fb6a77
+# %% ../nbs/56_colour.ipynb #cf83615e
 def cifar10(
     split: str, # 'train' (45,000 images), 'valid' (5,000) or 'test' (10,000)
     root: str | Path | None = None, # Data folder; `data_root()` if None
@@ -249,14 +258,16 @@ def cifar10(
     from torchvision.datasets import CIFAR10   # here, not above: it takes over a second to import
     place = _cifar_place(root, CIFAR10)
     try: data = CIFAR10(place, train=split != 'test').data
-    except Exception as error: raise ValueError(f'{place/CIFAR10.base_folder} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
+    except Exception as error:
+        raise ValueError(f'{place/CIFAR10.base_folder} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
     pixels = torch.from_numpy(np.ascontiguousarray(data.transpose(0, 3, 1, 2)))
     held = len(pixels)//10
     return Images({'train': pixels[:-held], 'valid': pixels[-held:], 'test': pixels}[split], 'cifar10', split, 'CIFAR-10, official files')
 
 def _cifar_place(root: str | Path | None, official) -> Path:
     "The folder that has cifar-10-batches-py, put there first if need be"
-    names = [f'{official.base_folder}/{name}' for name in [name for name, _ in official.train_list + official.test_list] + [official.meta['filename']]]
+    listed = [name for name, _ in official.train_list + official.test_list]
+    names = [f'{official.base_folder}/{name}' for name in [*listed, official.meta['filename']]]
     for place in _places(root):
         if all((place/name).is_file() for name in names): return place
     here = [place/official.filename for place in _places(root) if (place/official.filename).is_file()]
@@ -268,5 +279,6 @@ def _cifar_place(root: str | Path | None, official) -> Path:
         if _md5(packed) != official.tgz_md5: raise ValueError('wrong MD5')
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive: contents = {name: archive.extractfile(name).read() for name in names}
     except Exception as error:   # the network fails in many ways, and all of them call for the same remedy
-        raise FileNotFoundError(f'cifar10: no {here[0] if here else official.url} ({_one_line(error)}); put {official.filename} (from {official.url}) into {_places(root)[0]}') from None
+        raise FileNotFoundError(f'cifar10: no {here[0] if here else official.url} ({_one_line(error)}); '
+                                f'put {official.filename} (from {official.url}) into {_places(root)[0]}') from None
     return _write_somewhere(contents, root)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAKERS', 'find', 'DataSet', 'data_sets']
 
-# %% ../nbs/58_data_sets.ipynb #a54124cc
+# %% ../nbs/58_data_sets.ipynb #b0338161
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from .data import FIXED_FILE, FIXED_URL, MNIST_NOTES, SPLITS, Images, _places, l
 from .digits import cluttered_mnist, two_digits
 from .images import image_folder
 
-# %% ../nbs/58_data_sets.ipynb #e08616fe
+# %% ../nbs/58_data_sets.ipynb #2cca92ae
 MAKERS = {'mnist': mnist_digits, **{name: partial(load, name) for name in MNIST_NOTES},
           'two_digits': two_digits, 'cluttered_mnist': cluttered_mnist, 'svhn': svhn, 'cifar10': cifar10}
 
@@ -35,7 +35,7 @@ def find(
     if size is not None: raise ValueError(f'{data} is {given}, with images of a size of its own; leave the size out')
     return make(split, root)
 
-# %% ../nbs/58_data_sets.ipynb #e1b0a010
+# %% ../nbs/58_data_sets.ipynb #75f486f5
 class DataSet(NamedTuple):
     "What there is to know of a data set before it is loaded"
     name: str # What `find` knows it by
@@ -63,7 +63,8 @@ def data_sets(
     "Every data set of the project, and whether it is at hand"
     here, digits, mnist = _places(root)[0], '50,000 / 10,000 / 10,000 of 1 x ', 'CC BY-SA 3.0 (LeCun, Cortes, Burges)'
     packaged = {'mnist_grey': '28 x 28', 'mnist_once': '28 x 28', 'mnist_redrawn': '28 x 28', 'two_digits': '60 x 60', 'cluttered_mnist': '100 x 100'}
-    fixed = _state([FIXED_FILE, 'binarized_mnist_train.amat'], f'downloaded when first used, or put binarized_mnist_train.amat, _valid.amat and _test.amat from {FIXED_URL} into {here}', root)
+    fixed = _state([FIXED_FILE, 'binarized_mnist_train.amat'],
+                   f'downloaded when first used, or put binarized_mnist_train.amat, _valid.amat and _test.amat from {FIXED_URL} into {here}', root)
     cifar = _state(['cifar-10-batches-py', 'cifar-10-python.tar.gz'],
                    f'downloaded when first used, or put cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/ into {here}', root)
     return [DataSet('mnist_fixed', digits + '28 x 28', fixed, '2 MB (110 MB to download)', 'none stated; drawn from MNIST'),

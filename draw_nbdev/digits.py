@@ -6,7 +6,7 @@
 __all__ = ['Integers', 'CLUTTER', 'CLUTTER_SIDE', 'CHUNK', 'paste_crops', 'draw_two_digits', 'draw_cluttered', 'LabelledImages',
            'FreshDigits', 'two_digits', 'cluttered_mnist']
 
-# %% ../nbs/54_digits.ipynb #cb635067
+# %% ../nbs/54_digits.ipynb #fd2a130e
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from .data import SPLITS, Images, mnist
 
-# %% ../nbs/54_digits.ipynb #54b2f4cf
+# %% ../nbs/54_digits.ipynb #a15f8dcf
 def _pixel_numbers(
     number: Tensor, # Image that each crop lies in, counted from 0, shape (batch, crops) or (batch, 1)
     corners: Tensor, # Row and column of each crop's top left pixel, counted from 0, shape (batch, crops, 2)
@@ -41,7 +41,7 @@ def paste_crops(
     own = torch.arange(len(canvases))[:, None]
     canvases.view(-1).scatter_add_(0, _pixel_numbers(own, targets, side, *canvases.shape[-2:]), cut.float())
 
-# %% ../nbs/54_digits.ipynb #9ba1b532
+# %% ../nbs/54_digits.ipynb #2ea20f0a
 Integers = Callable[..., Tensor]   # integers(high, *shape): whole numbers, each from 0 to high - 1 with equal chance
 
 def _fresh(generator: torch.Generator | None) -> Integers:
@@ -92,7 +92,7 @@ def draw_cluttered(
     paste_crops(canvases, digits, own[:, None], torch.zeros_like(target), target, side)
     return canvases.clamp_(max=255)
 
-# %% ../nbs/54_digits.ipynb #decb45c3
+# %% ../nbs/54_digits.ipynb #e397567b
 CHUNK = 100   # images put together at once
 
 class LabelledImages(Images):
@@ -119,7 +119,8 @@ class FreshDigits(LabelledImages):
         *args, **kwargs
     ):
         super().__init__(digits, labels, *args, **kwargs)
-        if min(size) < max(digits.shape[-2:]): raise ValueError(f'{self.name}: digits of {digits.shape[-1]} pixels do not fit on a canvas of {size[0]} x {size[1]}')
+        if min(size) < digits.shape[-1]:
+            raise ValueError(f'{self.name}: digits of {digits.shape[-1]} pixels do not fit on a canvas of {size[0]} x {size[1]}')
         self.draw, self.size = draw, tuple(size)
 
     @property
@@ -135,7 +136,7 @@ class FreshDigits(LabelledImages):
         own = torch.arange(len(self))[torch.as_tensor(indices)]   # counted from 0 even if asked for from the end
         return torch.cat([self.draw(self.pixels, part, self.size, _fresh(generator)).div_(255) for part in own.split(CHUNK)])
 
-# %% ../nbs/54_digits.ipynb #7b9d0af5
+# %% ../nbs/54_digits.ipynb #f9c15c25
 def _digit_set(name: str, draw: Callable, size: tuple[int, int], split: str, note: str, root: str | Path | None) -> LabelledImages:
     "The split of a set made from digits: drawn afresh for training, once for validation and test"
     if split not in SPLITS: raise ValueError(f'unknown split {split!r}: the splits are {", ".join(SPLITS)}')
@@ -147,17 +148,19 @@ def _digit_set(name: str, draw: Callable, size: tuple[int, int], split: str, not
     for own in torch.arange(len(digits)).split(CHUNK): pixels[own] = draw(digits, own, size, integers).to(torch.uint8)
     return LabelledImages(pixels, labels, name, split, note)
 
-# %% ../nbs/54_digits.ipynb #0fb51660
+# %% ../nbs/54_digits.ipynb #cc1f94dc
 def two_digits(
     split: str, # 'train' (drawn afresh, 50,000 an epoch), 'valid' (10,000) or 'test' (10,000)
     root: str | Path | None = None, # Data folder; `data_root()` if None
 ) -> LabelledImages: # Images of 1 x 60 x 60
     "Two-digit MNIST (Fig 8)"
-    return _digit_set('two_digits', draw_two_digits, (60, 60), split, 'two grey MNIST digits at random places, added and clipped: the cross-entropy is not a likelihood', root)
+    note = 'two grey MNIST digits at random places, added and clipped: the cross-entropy is not a likelihood'
+    return _digit_set('two_digits', draw_two_digits, (60, 60), split, note, root)
 
 def cluttered_mnist(
     split: str, # 'train' (drawn afresh, 50,000 an epoch), 'valid' (10,000) or 'test' (10,000)
     root: str | Path | None = None, # Data folder; `data_root()` if None
 ) -> LabelledImages: # Images of 1 x 100 x 100
     "Cluttered translated MNIST (Table 1, Fig 5)"
-    return _digit_set('cluttered_mnist', draw_cluttered, (100, 100), split, 'an MNIST digit among 8 crops of other digits of its split, at random places', root)
+    note = 'an MNIST digit among 8 crops of other digits of its split, at random places'
+    return _digit_set('cluttered_mnist', draw_cluttered, (100, 100), split, note, root)

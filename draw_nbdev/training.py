@@ -6,7 +6,7 @@
 __all__ = ['TrainOptions', 'learning_rate', 'kl_weight', 'glimpses_at', 'generator_for', 'moving_average', 'save_state',
            'load_state', 'save_weights', 'check_folder', 'open_run', 'read_metrics', 'keep_metrics', 'train', 'Log']
 
-# %% ../nbs/60_training.ipynb #9803b4c1
+# %% ../nbs/60_training.ipynb #e51fc701
 import json, os, shutil
 from dataclasses import asdict, dataclass, replace
 from math import cos, isfinite, pi
@@ -26,7 +26,7 @@ from .evaluation import evaluate
 from .loss import bound
 from .model import DRAW, DRAWConfig, explained
 
-# %% ../nbs/60_training.ipynb #22fb9219
+# %% ../nbs/60_training.ipynb #dabeda58
 @dataclass(frozen=True)
 class TrainOptions:
     "Everything that shapes a run beside the network and the data; raises `ValueError` for values that make no run"
@@ -61,7 +61,7 @@ class TrainOptions:
         grown = sum(epochs for _, epochs in self.growth)
         if grown >= self.epochs: raise ValueError(f'growth takes {grown} of {self.epochs} epochs: leave at least one for the full number of glimpses')
 
-# %% ../nbs/60_training.ipynb #83021776
+# %% ../nbs/60_training.ipynb #94f4f8a1
 def learning_rate(
     options: TrainOptions,
     step: int, # Updates done so far
@@ -90,7 +90,7 @@ def glimpses_at(
         epoch -= epochs
     return full
 
-# %% ../nbs/60_training.ipynb #94adc859
+# %% ../nbs/60_training.ipynb #40993e81
 def generator_for(
     seed: int, # Of the run
     stream: int, # Which purpose
@@ -99,7 +99,7 @@ def generator_for(
     "The source of randomness for one purpose at one moment of a run"
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]))
 
-# %% ../nbs/60_training.ipynb #3785ba48
+# %% ../nbs/60_training.ipynb #dba0a946
 def moving_average(decay):
     "An exponential moving average for `AveragedModel`, whose decay rises to `decay` over the first updates"
     @torch.no_grad()
@@ -107,7 +107,7 @@ def moving_average(decay):
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count.item()) / (10 + count.item())))
     return update
 
-# %% ../nbs/60_training.ipynb #4e603f47
+# %% ../nbs/60_training.ipynb #83f8f3b8
 def save_state(accelerator, averaged, progress, out):
     "Write state-NUMBER completely or not at all, then remove older ones"
     final, partial = out / f'state-{progress["step"]:08d}', out / 'state.tmp'
@@ -142,10 +142,11 @@ def save_weights(model, folder, history):
     with explained(OSError, f'{folder} cannot be written to', SafetensorError): model.save_pretrained(partial)
     (partial / 'training.json').write_text(json.dumps(history, indent=2), encoding='utf-8')
     folder.mkdir(exist_ok=True)
+    (partial / 'model.safetensors').chmod((partial / 'config.json').stat().st_mode) # safetensors makes files that only their owner can read
     for file in partial.iterdir(): os.replace(file, folder / file.name)
     partial.rmdir()
 
-# %% ../nbs/60_training.ipynb #e8ff31fe
+# %% ../nbs/60_training.ipynb #7ba3ebdf
 def check_folder(
     out: Path, # Where something is about to be written
     marker: str, # File that says a folder was made for this, such as run.json
@@ -190,7 +191,7 @@ def keep_metrics(out, step):
     partial.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
     partial.replace(out / 'metrics.jsonl')
 
-# %% ../nbs/60_training.ipynb #803b2846
+# %% ../nbs/60_training.ipynb #34ba90d1
 def train(
     config: DRAWConfig, # The network
     train_set: Images, # Images to learn from
@@ -200,6 +201,7 @@ def train(
 ) -> DRAW: # Averaged weights of the best validation bound
     "Minimise the bound and keep the averaged weights that do best on validation images; raises `ValueError` for what cannot be run"
     o, out = options, Path(out)
+    if 'test' in (train_set.split, valid_set.split): raise ValueError('the test set is neither for training nor for choosing: give train and valid')
     expected = config.channels, config.height, config.width
     if train_set.shape != expected: raise ValueError(f'images of shape {train_set.shape} do not fit a network for {expected}')
     if len(train_set) < o.batch_size: raise ValueError(f'{len(train_set)} images are fewer than one batch of {o.batch_size}: choose a smaller batch size')
@@ -272,7 +274,7 @@ def train(
     accelerator.free_memory()
     return DRAW.from_pretrained(out)
 
-# %% ../nbs/60_training.ipynb #d5d82eef
+# %% ../nbs/60_training.ipynb #3caeb9f3
 class Log:
     "One line of JSON and one point on TensorBoard's curves at a time"
     def __init__(self, out, step):

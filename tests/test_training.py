@@ -1,7 +1,7 @@
 """Training under faults: killed processes, full disks, strange files, several processes at once
 
 A fork server imports PyTorch once; every training process below is forked from it, so that killing and starting again is cheap.
-The file is also a program: `test_training.py FOLDER` is the toy run that `accelerate launch` starts twice.
+The file is also a program: `test_training.py FOLDER` is the toy run that `torchrun` starts twice.
 """
 import errno, json, math, multiprocessing, os, pickle, random, resource, shutil, signal, socket, subprocess, sys, time
 from collections import Counter
@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 import draw_nbdev.training as training
 from draw_nbdev.data import Images
@@ -72,7 +73,7 @@ def updates_saved(out, least=0):
 
 def child(out, options=OPTIONS, environment={}, die_at=None, file_limit=None, slow_to_make=0, slow_to_look=0, report=None):
     "What a forked process does: train, and die or suffer on the way as asked"
-    os.environ.update(environment, ACCELERATE_USE_CPU='true')
+    os.environ.update(environment)
     torch.set_num_threads(1)
     if file_limit: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     operations = 0
@@ -327,14 +328,14 @@ def test_two_processes_go_on(start, pair, tmp_path):
     assert finish(*(start(out, environment=environment) for environment in ranks(free_port()))) == [0, 0]
     assert_same(out, pair)
 
-def test_accelerate_launch(undisturbed, tmp_path):
-    "The launcher that users start several processes with"
+def test_torchrun(undisturbed, tmp_path):
+    "The launcher that users start several processes with: both take part"
     out = tmp_path / 'run'
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-               '--main_process_ip', '127.0.0.1', '--main_process_port', str(free_port()), __file__, str(out)]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', str(free_port()), __file__, str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(done.stdout.split()) == ['0/2', '1/2']
     assert_close_runs(out, undisturbed)
 
 def test_batches_must_divide_among_processes(start, tmp_path):
@@ -495,4 +496,6 @@ def test_learning(tmp_path):
     assert math.log(2) < bounds[-1] < 4 < 20 < sum(p[0] != p[1] for p in pair.flatten(1).T) * math.log(2) # without latents, each pixel that differs costs log 2
 
 
-if __name__ == '__main__': child(Path(sys.argv[1]))
+if __name__ == '__main__':
+    child(Path(sys.argv[1]))
+    sys.stdout.write(f'{PartialState().process_index}/{PartialState().num_processes}\n')

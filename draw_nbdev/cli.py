@@ -7,13 +7,13 @@ __all__ = ['app', 'PRESET', 'MODEL', 'SEED', 'DATA', 'IMAGES', 'SIZE', 'GLIMPSES
            'train_command', 'evaluate_command', 'generate_command', 'reproduce_command', 'benchmark_command',
            'data_command', 'main']
 
-# %% ../nbs/85_cli.ipynb #46c60f67
+# %% ../nbs/85_cli.ipynb #3c7ae807
 import json, os, sys
 from pathlib import Path
 from typing import Annotated
 import typer
 
-# %% ../nbs/85_cli.ipynb #328f4dd3
+# %% ../nbs/85_cli.ipynb #b1186a2f
 app = typer.Typer(help='DRAW, a recurrent neural network that generates images in steps: train it, evaluate it, watch it draw.',
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -43,7 +43,7 @@ def write_json(path, values):
     partial.write_text(json.dumps(values, indent=2), encoding='utf-8')
     partial.replace(path)
 
-# %% ../nbs/85_cli.ipynb #50f887a9
+# %% ../nbs/85_cli.ipynb #44bebed8
 def parse_glimpses(
     text: str, # '64', or stages '16:10,32:10,64:80' as glimpses:epochs
     epochs: int | None, # Given beside it, or None
@@ -108,7 +108,7 @@ def train_command(
         say(f'epoch {row["epoch"] + 1}: {row["bound"]:.2f} nats on {valid_set.name} valid ({parts})')
     say(f'weights: {out / "best"}')
 
-# %% ../nbs/85_cli.ipynb #3334f058
+# %% ../nbs/85_cli.ipynb #44501640
 @app.command('evaluate')
 def evaluate_command(
     model: MODEL,
@@ -143,7 +143,7 @@ def evaluate_command(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
 
-# %% ../nbs/85_cli.ipynb #076fe254
+# %% ../nbs/85_cli.ipynb #d97974e5
 @app.command('generate')
 def generate_command(
     model: MODEL,
@@ -171,7 +171,7 @@ def generate_command(
     plots.animation(more.canvases, out / 'drawing.gif', more.windows, size)
     for name in ('samples.png', 'sequence.png', 'drawing.gif'): typer.echo(out / name)
 
-# %% ../nbs/85_cli.ipynb #137d6a2f
+# %% ../nbs/85_cli.ipynb #4518ce7e
 @app.command('reproduce')
 def reproduce_command(
     scale: Annotated[str, typer.Option(help='smoke: minutes, from packaged weights or small networks; paper: Table 3 in full, days on a CPU.')] = 'smoke',
@@ -182,13 +182,14 @@ def reproduce_command(
     from draw_nbdev.reproduce import reproduce
     typer.echo(reproduce(out, scale, seed, say=lambda line: typer.echo(line, err=True)))
 
-# %% ../nbs/85_cli.ipynb #7284ba9d
+# %% ../nbs/85_cli.ipynb #10b7b0aa
 @app.command('benchmark')
 def benchmark_command(
     preset: Annotated[list[str] | None, typer.Option(help='Sizes to measure; may be given several times. [default: mnist]', show_default=False)] = None,
     batch: Annotated[list[int] | None, typer.Option(help='Images in a batch; several times. [default: 100, 256]', show_default=False)] = None,
     glimpses: Annotated[list[int] | None, typer.Option(help='Steps, T; several times. [default: 16, 32, 64]', show_default=False)] = None,
     attention: Annotated[bool | None, typer.Option(help='With or without attention only. Default: both.')] = None,
+    side: Annotated[list[int] | None, typer.Option(help="Sides of square images in pixels; several times. Default: the preset's.")] = None,
     seconds: Annotated[float, typer.Option(help='Time for each row of sizes, in seconds.')] = 20.0,
     json_file: Annotated[Path | None, typer.Option('--json', help='File for the table as a list of rows. Default: only print.')] = None,
 ):
@@ -197,11 +198,11 @@ def benchmark_command(
     from draw_nbdev.benchmark import benchmark
     if json_file and json_file.exists(): raise ValueError(f'{json_file} exists: choose another --json, or remove it')
     both = (True, False) if attention is None else (attention,)
-    rows = benchmark(tuple(preset or ['mnist']), tuple(batch or [100, 256]), tuple(glimpses or [16, 32, 64]), both, seconds)
+    rows = benchmark(tuple(preset or ['mnist']), tuple(batch or [100, 256]), tuple(glimpses or [16, 32, 64]), both, tuple(side or [None]), seconds)
     typer.echo(pd.DataFrame(rows).round({'images_per_s': 1, 'floor_share': 2, 'peak_mb': 0}).to_string(index=False))
     if json_file: write_json(json_file, rows)
 
-# %% ../nbs/85_cli.ipynb #9dcc8eb0
+# %% ../nbs/85_cli.ipynb #f1e30c0d
 @app.command('data')
 def data_command():
     "List the data sets: where they are, or what to put where."
@@ -210,7 +211,7 @@ def data_command():
     typer.echo(f'Data folder: {data_root()} (set DRAW_DATA to choose another)')
     for row in data_sets(): typer.echo(f'\n{row.name}: {row.images}\n  {row.state}\n  {row.size}; licence: {row.licence}')
 
-# %% ../nbs/85_cli.ipynb #1902ea15
+# %% ../nbs/85_cli.ipynb #889bb582
 def main():
     "The command `draw`"
     try: sys.exit(app(standalone_mode=False))

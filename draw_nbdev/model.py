@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'PRETRAINED', 'DRAWConfig', 'preset', 'LSTMCell', 'explained', 'DRAWOutput', 'Drawing', 'Step',
            'stack_windows', 'DRAW', 'find_weights']
 
-# %% ../nbs/30_model.ipynb #85a84077
+# %% ../nbs/30_model.ipynb #5058c682
 import contextlib, io, json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,7 +21,7 @@ from .attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
 from .filterbank import Window
 from .scan import fits, fused_scan
 
-# %% ../nbs/30_model.ipynb #41bbad8b
+# %% ../nbs/30_model.ipynb #2595d3d8
 @dataclass(frozen=True)
 class DRAWConfig:
     "Sizes of a DRAW network; raises `ValueError` for sizes that make none"
@@ -42,7 +42,7 @@ class DRAWConfig:
             if type(value) is not kind: raise ValueError(f'{field.name} must be {kind.__name__}, got {value!r}')
             if kind is int and value < 1: raise ValueError(f'{field.name} must be at least 1, got {value}')
 
-# %% ../nbs/30_model.ipynb #05bcb76f
+# %% ../nbs/30_model.ipynb #432abfc8
 PRESETS = {
     'mnist': DRAWConfig(),
     'mnist_no_attention': DRAWConfig(attention=False),
@@ -61,7 +61,7 @@ def preset(
     if unknown: raise ValueError(f'no such setting: {", ".join(sorted(unknown))}')
     return replace(PRESETS[name], **changes)
 
-# %% ../nbs/30_model.ipynb #b08e8672
+# %% ../nbs/30_model.ipynb #72fd27b4
 class LSTMCell(nn.Module):
     "An LSTM with forget gates, gates in PyTorch's order: input, forget, cell, output"
     def __init__(self,
@@ -83,7 +83,7 @@ class LSTMCell(nn.Module):
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         return o.sigmoid() * self.norm(cell).tanh(), cell
 
-# %% ../nbs/30_model.ipynb #34a18e20
+# %% ../nbs/30_model.ipynb #5b93ee98
 @contextlib.contextmanager
 def explained(
     kind: type[Exception], # What to raise instead
@@ -92,9 +92,11 @@ def explained(
 ) -> Iterator[None]:
     "Turn errors of a library into one line"
     try: yield
-    except errors as error: raise kind(f'{text} ({(str(error).splitlines() or [type(error).__name__])[0]})') from error
+    except errors as error:
+        reason = ' '.join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
+        raise kind(f'{text} ({reason})') from error
 
-# %% ../nbs/30_model.ipynb #22b1eb8e
+# %% ../nbs/30_model.ipynb #3eae43ec
 class DRAWOutput(NamedTuple):
     "What the loss needs of one pass"
     canvas: Tensor # c_T in logits, shape (batch, channels, height, width)
@@ -114,7 +116,7 @@ class Drawing(NamedTuple):
         cut = lambda windows: windows and Window(*(field[:, :count] for field in windows))
         return Drawing(self.canvases[:, :count], cut(self.windows), cut(self.read_windows))
 
-# %% ../nbs/30_model.ipynb #f05cd439
+# %% ../nbs/30_model.ipynb #a7163820
 class Step(NamedTuple):
     "One step of the recurrence"
     mean: Tensor # mu_t, shape (batch, latent_size)
@@ -130,7 +132,7 @@ def stack_windows(
     "Windows of all steps in one"
     return None if windows[0] is None else Window(*(torch.stack(values) for values in zip(*windows)))
 
-# %% ../nbs/30_model.ipynb #7f9c100d
+# %% ../nbs/30_model.ipynb #84eec3e5
 class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='mit', paper_url='https://arxiv.org/abs/1502.04623'):
     "Deep Recurrent Attentive Writer: a recurrent variational autoencoder that draws in steps"
     def __init__(self,
@@ -227,10 +229,10 @@ class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='
         "Noise for these images, once both are known to fit this network; raises `ValueError` if not"
         c = self.config
         expected = c.channels, c.height, c.width
-        if images.shape[1:] != expected: raise ValueError(f'images of shape {tuple(images.shape)} do not fit a network for (batch, *{expected})')
+        if images.shape[1:] != expected: raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit a network for {expected}')
         expected = len(images), c.latent_size
         if noise is None: return torch.randn(glimpses or c.glimpses, *expected, dtype=self.initial_canvas.dtype, device=images.device)
-        if noise.ndim != 3 or noise.shape[1:] != expected: raise ValueError(f'noise of shape {tuple(noise.shape)} does not fit (glimpses, *{expected})')
+        if noise.ndim != 3 or noise.shape[1:] != expected: raise ValueError(f'noise of shape {tuple(noise.shape)} is not (glimpses, {expected[0]}, {expected[1]})')
         return noise
 
     @torch.no_grad()
@@ -259,7 +261,7 @@ class DRAW(nn.Module, PyTorchModelHubMixin, library_name='draw_nbdev', license='
         "Hub repositories with pickled weights only: refused, because unpickling runs whatever code is in the file"
         raise ValueError(f'{model_file} is a pickle: only model.safetensors is loaded')
 
-# %% ../nbs/30_model.ipynb #c42ae6d9
+# %% ../nbs/30_model.ipynb #ef62599d
 PRETRAINED = Path(str(files('draw_nbdev') / 'pretrained')) # A folder for each packaged name
 
 def find_weights(

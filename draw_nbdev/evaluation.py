@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'nearest_images']
 
-# %% ../nbs/70_evaluation.ipynb #903d158f
+# %% ../nbs/70_evaluation.ipynb #dc6387ad
 from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .data import Images
 from .loss import bound, importance_weighted_bound
 from .model import DRAW
 
-# %% ../nbs/70_evaluation.ipynb #9aabe1b9
+# %% ../nbs/70_evaluation.ipynb #da63ccad
 @dataclass(frozen=True)
 class Evaluation:
     "A bound on a named set, in nats per image"
@@ -34,7 +34,7 @@ class Evaluation:
     iw_bound: float | None = None # Mean over images of L_k
     iw_bound_se: float | None = None # Its standard error over images
 
-# %% ../nbs/70_evaluation.ipynb #ecf5c439
+# %% ../nbs/70_evaluation.ipynb #8e79170d
 @torch.no_grad()
 def evaluate(
     model: DRAW, # The network
@@ -73,7 +73,7 @@ def evaluate(
         reconstruction=reconstruction.mean().item(), latent=latent.mean().item(), kl_per_step=per_step.mean((0, 2)).tolist(),
         iw_samples=samples, iw_bound=weighted.mean().item() if samples else None, iw_bound_se=error(weighted) if samples else None)
 
-# %% ../nbs/70_evaluation.ipynb #2076a019
+# %% ../nbs/70_evaluation.ipynb #e01120d3
 @torch.no_grad()
 def nearest_images(
     queries: Tensor, # Images to look for, values in 0..1, shape (count, channels, height, width)

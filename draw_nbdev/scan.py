@@ -9,7 +9,7 @@ __all__ = ['sigmoid_backward', 'tanh_backward', 'softmax_backward', 'layer_norm_
            'write', 'write_backward', 'forward_rows', 'backward_rows', 'work_alone', 'workers', 'worker_count',
            'in_parallel', 'doubled', 'Scan', 'fused_scan', 'fits']
 
-# %% ../nbs/65_scan.ipynb #9dd57fea
+# %% ../nbs/65_scan.ipynb #71c93b08
 import os, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/65_scan.ipynb #53277949
+# %% ../nbs/65_scan.ipynb #06326d62
 def fast_linear(
     like: Tensor, # Of the dtype and on the device in question
 ) -> bool:
@@ -52,7 +52,7 @@ def outer(
     if fast_linear(left): return torch.ops.mkldnn._linear_pointwise(left.t(), right.contiguous().t(), None, 'none', [], '')
     return left.t() @ right
 
-# %% ../nbs/65_scan.ipynb #81630ccc
+# %% ../nbs/65_scan.ipynb #ce9af19b
 class Sizes(NamedTuple):
     "What shapes the buffers of a pass"
     height: int # The paper's B, in pixels
@@ -150,7 +150,7 @@ def fold(
     return Weights(model.initial_canvas.transpose(0, 1).flatten(1), model.initial_encoder, model.initial_decoder,
                    enc_weight, enc.gates.bias, dec.gates.weight, dec.gates.bias, model.posterior.weight, model.posterior.bias, *out, image_weight, *norms)
 
-# %% ../nbs/65_scan.ipynb #03ab4b9e
+# %% ../nbs/65_scan.ipynb #0d4c67f0
 class Workspace:
     "The buffers of a pass over some images, and views of them for every step"
     def __init__(self,
@@ -222,7 +222,7 @@ def window_views(
     v.read_wide, v.write_wide = (half.view(len(half), -1, s.width) for half in (v.read_half, v.write_half))
     v.w_flat = v.w.flatten(1)
 
-# %% ../nbs/65_scan.ipynb #3a52f07a
+# %% ../nbs/65_scan.ipynb #f5c8e3ab
 class Lease:
     "Workspaces for one pass, one for each worker; they go back when the lease dies"
     free = deque(maxlen=3) # (key, workspaces); appending drops the oldest
@@ -250,7 +250,7 @@ class Lease:
     def __del__(self):
         if hasattr(self, 'owned'): self.free.append(self.owned)
 
-# %% ../nbs/65_scan.ipynb #935a3263
+# %% ../nbs/65_scan.ipynb #9a4b0a48
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
 softmax_backward, layer_norm_backward = torch.ops.aten._softmax_backward_data.out, torch.ops.aten.native_layer_norm_backward.default
 
@@ -295,7 +295,7 @@ def lstm_backward(
     tanh_backward(tmp, now.g, grad_input=d.g)
     d_cell.mul_(now.f)
 
-# %% ../nbs/65_scan.ipynb #34509b46
+# %% ../nbs/65_scan.ipynb #56af96a5
 class Grid:
     "Constants of the windows: the linear map from u to every filter's mu and -k, and the pixels"
     def __init__(self,
@@ -342,7 +342,7 @@ def look_backward(
     torch.mm(w.d_rows, w.grid.from_rows, out=d.u8)
     d.k_delta.mul_(v.k_delta)
 
-# %% ../nbs/65_scan.ipynb #119ebbb5
+# %% ../nbs/65_scan.ipynb #1fa54050
 def read(
     v: SimpleNamespace, # Views of step t - 1: `sigma`, `read_half` and `features` are written
     w: Workspace, # With c_{t-1} in `canvas`
@@ -374,7 +374,7 @@ def read_backward(
     if d_x is not None: d_x.baddbmm_(v.read_y.mT, half_x)
     return d_read_y, d_read_x, d_gamma
 
-# %% ../nbs/65_scan.ipynb #880a200e
+# %% ../nbs/65_scan.ipynb #a3598d61
 def write(
     out: Tensor, # Affine output of h_dec_t, shape (batch, outputs)
     v: SimpleNamespace, # Views of step t: `w` and `write_half` are written
@@ -397,7 +397,7 @@ def write_backward(
     torch.sum(d_w.mul_(v.w_flat), 1, out=d.inverse_gamma)
     return torch.bmm(v.write_half, d_canvas.mT), torch.bmm(v.w.mT, d_half)
 
-# %% ../nbs/65_scan.ipynb #05b595ac
+# %% ../nbs/65_scan.ipynb #a8f575c2
 def forward_rows(
     s: Sizes, # Of the network
     p: Weights, # Folded
@@ -498,7 +498,7 @@ def backward_rows(
         state.add_(torch.stack([d_h.sum(0), d_cell.sum(0)]))
     return d_p, d_x
 
-# %% ../nbs/65_scan.ipynb #0421cb15
+# %% ../nbs/65_scan.ipynb #0d519e41
 def work_alone():
     "A worker computes with one thread, and takes denormal numbers for zero"
     torch.set_num_threads(1); torch.set_flush_denormal(True)
@@ -532,7 +532,7 @@ def in_parallel(
         with torch.no_grad(): return function(*job)
     return list(workers(count).map(run, jobs)) if count else [run(job) for job in jobs]
 
-# %% ../nbs/65_scan.ipynb #9cc90375
+# %% ../nbs/65_scan.ipynb #76c5507a
 def doubled(
     v: Tensor, # Weight or bias of gates, shape (4 * hidden, ...)
 ) -> Tensor: # The same shape

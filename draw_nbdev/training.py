@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainOptions', 'learning_rate', 'kl_weight', 'glimpses_at', 'generator_for', 'moving_average', 'save_state',
-           'load_state', 'save_weights', 'check_folder', 'open_run', 'read_metrics', 'keep_metrics', 'train', 'Log']
+           'load_state', 'save_weights', 'check_folder', 'open_run', 'read_metrics', 'keep_metrics', 'Task', 'train',
+           'Log']
 
-# %% ../nbs/60_training.ipynb #e51fc701
+# %% ../nbs/60_training.ipynb #8bbee407
 import json, os, shutil
 from dataclasses import asdict, dataclass, replace
 from math import cos, isfinite, pi
@@ -18,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from . import __version__
@@ -26,7 +28,7 @@ from .evaluation import evaluate
 from .loss import bound
 from .model import DRAW, DRAWConfig, explained
 
-# %% ../nbs/60_training.ipynb #dabeda58
+# %% ../nbs/60_training.ipynb #537513bb
 @dataclass(frozen=True)
 class TrainOptions:
     "Everything that shapes a run beside the network and the data; raises `ValueError` for values that make no run"
@@ -61,7 +63,7 @@ class TrainOptions:
         grown = sum(epochs for _, epochs in self.growth)
         if grown >= self.epochs: raise ValueError(f'growth takes {grown} of {self.epochs} epochs: leave at least one for the full number of glimpses')
 
-# %% ../nbs/60_training.ipynb #94f4f8a1
+# %% ../nbs/60_training.ipynb #22b7e873
 def learning_rate(
     options: TrainOptions,
     step: int, # Updates done so far
@@ -90,7 +92,7 @@ def glimpses_at(
         epoch -= epochs
     return full
 
-# %% ../nbs/60_training.ipynb #40993e81
+# %% ../nbs/60_training.ipynb #b8e8c8ba
 def generator_for(
     seed: int, # Of the run
     stream: int, # Which purpose
@@ -99,7 +101,7 @@ def generator_for(
     "The source of randomness for one purpose at one moment of a run"
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]))
 
-# %% ../nbs/60_training.ipynb #dba0a946
+# %% ../nbs/60_training.ipynb #7b76c8a0
 def moving_average(decay):
     "An exponential moving average for `AveragedModel`, whose decay rises to `decay` over the first updates"
     @torch.no_grad()
@@ -107,7 +109,7 @@ def moving_average(decay):
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count.item()) / (10 + count.item())))
     return update
 
-# %% ../nbs/60_training.ipynb #83f8f3b8
+# %% ../nbs/60_training.ipynb #75200fc1
 def save_state(accelerator, averaged, progress, out):
     "Write state-NUMBER completely or not at all, then remove older ones"
     final, partial = out / f'state-{progress["step"]:08d}', out / 'state.tmp'
@@ -146,7 +148,7 @@ def save_weights(model, folder, history):
     for file in partial.iterdir(): os.replace(file, folder / file.name)
     partial.rmdir()
 
-# %% ../nbs/60_training.ipynb #7ba3ebdf
+# %% ../nbs/60_training.ipynb #4bc37473
 def check_folder(
     out: Path, # Where something is about to be written
     marker: str, # File that says a folder was made for this, such as run.json
@@ -191,14 +193,69 @@ def keep_metrics(out, step):
     partial.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
     partial.replace(out / 'metrics.jsonl')
 
-# %% ../nbs/60_training.ipynb #34ba90d1
+# %% ../nbs/60_training.ipynb #898d4b1b
+class Task:
+    "What a run learns: the bound of a DRAW network, unless a subclass says otherwise"
+    network = DRAW # Class of the network
+    score = 'bound' # The value on validation images that weights are chosen by; lower is better
+
+    def start(self,
+        config: DRAWConfig, # Sizes of the network
+        train_set: Images, # Images to learn from
+    ) -> nn.Module:
+        "The network with fresh weights"
+        return self.network(config).start_from(train_set.mean())
+
+    def batch(self,
+        data: Images, # Images to learn from
+        indices: Tensor, # Which of them, shape (batch,)
+        glimpses: int, # Steps, T
+        config: DRAWConfig, # Sizes of the network
+        random: torch.Generator, # Source of everything that is drawn
+        share: slice, # The part of the batch that belongs to this process
+    ) -> tuple[Tensor, ...]:
+        "What one update learns from: images, and noise of shape (glimpses, batch, latent_size)"
+        images = data.batch(indices, random)
+        noise = torch.randn(glimpses, len(indices), config.latent_size, generator=random)
+        return images[share], noise[:, share]
+
+    def weights(self,
+        options: TrainOptions, # Of the run
+        step: int, # Updates done so far
+    ) -> dict[str, float]: # Handed on to `loss`, and logged
+        "What changes in the loss as training goes on"
+        return {'kl_weight': kl_weight(options, step)}
+
+    def loss(self,
+        model: nn.Module, # The network, possibly wrapped for several processes
+        batch: list[Tensor], # As `batch` returns it, on the network's device
+        glimpses: int, # Steps, T
+        kl_weight: float, # As `weights` returns it
+    ) -> tuple[Tensor, dict[str, Tensor]]: # A scalar in nats per image; values to log, each of shape (batch,), the first of them finite as long as all is well
+        "What to minimise, and what to show"
+        images, noise = batch
+        parts = bound(model(images, noise), images)
+        return (parts.reconstruction + kl_weight * parts.latent).mean(), dict(bound=parts.total, reconstruction=parts.reconstruction, latent=parts.latent)
+
+    def validate(self,
+        model: nn.Module, # The network
+        data: Images, # Images to choose by
+        glimpses: int, # Steps, T
+        limit: int | None, # Use the first so many; all if None
+    ) -> dict[str, float | list[float]]: # `score` among them
+        "Values over validation images, to log and to choose by"
+        result = evaluate(model, data, glimpses=glimpses, limit=limit)
+        return {name: getattr(result, name) for name in ('bound', 'reconstruction', 'latent', 'bound_se', 'kl_per_step')}
+
+# %% ../nbs/60_training.ipynb #cdd0bab0
 def train(
     config: DRAWConfig, # The network
     train_set: Images, # Images to learn from
     valid_set: Images, # Images to choose by
     out: str | Path, # Folder of the run; one that was interrupted goes on
     options: TrainOptions = TrainOptions(), # Everything else
-) -> DRAW: # Averaged weights of the best validation bound
+    task: Task = Task(), # What to learn
+) -> DRAW: # Averaged weights of the best validation bound; another network where the task has another
     "Minimise the bound and keep the averaged weights that do best on validation images; raises `ValueError` for what cannot be run"
     o, out = options, Path(out)
     if 'test' in (train_set.split, valid_set.split): raise ValueError('the test set is neither for training nor for choosing: give train and valid')
@@ -217,7 +274,7 @@ def train(
     if main: open_run(out, description, write=True)
 
     torch.manual_seed(o.seed)
-    model = DRAW(config).start_from(train_set.mean()).to(accelerator.device)
+    model = task.start(config, train_set).to(accelerator.device)
     averaged = AveragedModel(model, multi_avg_fn=moving_average(o.average))
     model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=o.learning_rate))
     progress = load_state(accelerator, averaged, out) or {'step': 0, 'best': None, 'best_glimpses': 0, 'seconds': 0, 'cpu_seconds': 0}
@@ -226,7 +283,7 @@ def train(
     if main: keep_metrics(out, progress['step'])
     log = Log(out, progress['step']) if main else None
     clock = perf_counter(), progress['step']
-    diverged = f'the bound is no longer finite: choose a lower learning rate; {out} keeps the last good state'
+    diverged = f'the loss is no longer finite: choose a lower learning rate; {out} keeps the last good state'
     began, cpu_began = perf_counter() - progress['seconds'], process_time() - progress['cpu_seconds']
 
     for step in tqdm(range(progress['step'], total), initial=progress['step'], total=total, disable=None if main else True, unit='updates'):
@@ -234,12 +291,11 @@ def train(
         if place == 0 or step == progress['step']: order = torch.randperm(len(train_set), generator=generator_for(o.seed, 0, epoch))
         T = glimpses_at(o, epoch, config.glimpses)
         random = generator_for(o.seed, 1, step)
-        images = train_set.batch(order[place * o.batch_size:(place + 1) * o.batch_size], random)[share].to(accelerator.device)
-        noise = torch.randn(T, o.batch_size, config.latent_size, generator=random)[:, share].to(accelerator.device)
+        batch = task.batch(train_set, order[place * o.batch_size:(place + 1) * o.batch_size], T, config, random, share)
+        weights = task.weights(o, step)
 
         for group in optimizer.param_groups: group['lr'] = learning_rate(o, step, total)
-        parts = bound(model(images, noise), images)
-        loss = (parts.reconstruction + kl_weight(o, step) * parts.latent).mean()
+        loss, values = task.loss(model, [tensor.to(accelerator.device) for tensor in batch], T, **weights)
         optimizer.zero_grad()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), o.clip_norm)
@@ -248,10 +304,10 @@ def train(
 
         done = step + 1
         if done % o.log_every == 0 or done == total:
-            values = accelerator.reduce(torch.stack([v.mean().detach() for v in parts[:3]]), 'mean').tolist()
-            if not isfinite(values[0]): raise ValueError(diverged)
+            means = accelerator.reduce(torch.stack([v.mean().detach() for v in values.values()]), 'mean').tolist()
+            if not isfinite(means[0]): raise ValueError(diverged)
             speed = (done - clock[1]) * o.batch_size / (perf_counter() - clock[0])
-            if main: log.write(done, epoch, 'train', T, values, kl_weight=kl_weight(o, step), gradient_norm=norm.item(),
+            if main: log.write(done, epoch, 'train', T, dict(zip(values, means)), **weights, gradient_norm=norm.item(),
                                learning_rate=learning_rate(o, step, total), images_per_s=speed)
             clock = perf_counter(), done
         if done % o.save_every == 0 or done % per_epoch == 0:
@@ -259,22 +315,22 @@ def train(
             progress.update(step=done, seconds=perf_counter() - began, cpu_seconds=process_time() - cpu_began)
         if done % per_epoch == 0:
             if main:
-                result = evaluate(averaged.module, valid_set, glimpses=T, limit=o.valid_images)
+                result = task.validate(averaged.module, valid_set, T, o.valid_images)
+                score = result[task.score]
                 times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
-                log.write(done, epoch, 'valid', T, (result.bound, result.reconstruction, result.latent),
-                          bound_se=result.bound_se, kl_per_step=result.kl_per_step, **times)
-                if progress['best'] is None or T != progress['best_glimpses'] or result.bound < progress['best']:
-                    progress.update(best=result.bound, best_glimpses=T)
-                    history = {**description, 'epochs': epoch + 1, 'glimpses': T, 'valid_bound': result.bound, **times}
+                log.write(done, epoch, 'valid', T, result, **times)
+                if progress['best'] is None or T != progress['best_glimpses'] or score < progress['best']:
+                    progress.update(best=score, best_glimpses=T)
+                    history = {**description, 'epochs': epoch + 1, 'glimpses': T, f'valid_{task.score}': score, **times}
                     save_weights(averaged.module, out / 'best', history)
             clock = perf_counter(), done
         if done % o.save_every == 0 or done % per_epoch == 0:
             save_state(accelerator, averaged, progress, out)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    return DRAW.from_pretrained(out)
+    return task.network.from_pretrained(out)
 
-# %% ../nbs/60_training.ipynb #3caeb9f3
+# %% ../nbs/60_training.ipynb #71cb1d71
 class Log:
     "One line of JSON and one point on TensorBoard's curves at a time"
     def __init__(self, out, step):
@@ -282,8 +338,8 @@ class Log:
         self.file = open(out / 'metrics.jsonl', 'a', encoding='utf-8')
         self.board = SummaryWriter(out / 'tensorboard', purge_step=step + 1)
 
-    def write(self, step, epoch, split, glimpses, parts, **more):
-        row = dict(step=step, epoch=epoch, split=split, glimpses=glimpses, **dict(zip(('bound', 'reconstruction', 'latent'), parts)), **more)
+    def write(self, step, epoch, split, glimpses, values, **more):
+        row = dict(step=step, epoch=epoch, split=split, glimpses=glimpses, **values, **more)
         self.file.write(json.dumps(row) + '\n'); self.file.flush()
         for name, value in row.items():
             if isinstance(value, (int, float)) and name not in ('step', 'epoch'): self.board.add_scalar(f'{split}/{name}', value, step)

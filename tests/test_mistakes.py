@@ -22,7 +22,7 @@ from draw_nbdev.filterbank import attention_window, filterbank
 from draw_nbdev.loss import bound, importance_weighted_bound, kl_divergence, reconstruction_loss
 from draw_nbdev.model import DRAW, DRAWConfig, LSTMCell
 from draw_nbdev.scan import look, lstm, read, write
-from draw_nbdev.training import TrainOptions, read_metrics, train
+from draw_nbdev.training import Task, TrainOptions, read_metrics, train
 
 # Wider than high, in colour, with patches of different sizes: nothing that can be mixed up has the same shape
 SMALL = DRAWConfig(height=5, width=7, channels=3, glimpses=4, hidden_size=6, latent_size=3, read_size=2, write_size=3)
@@ -352,7 +352,7 @@ def check_noise_of_importance_samples():
 
 def check_no_test_set():
     "Training is given images to learn from and images to choose by, says so, and chooses by these"
-    assert list(inspect.signature(train).parameters) == ['config', 'train_set', 'valid_set', 'out', 'options']
+    assert list(inspect.signature(train).parameters) == ['config', 'train_set', 'valid_set', 'out', 'options', 'task']
     run, valid_set = toy_run(), toy_images('valid', 10)
     assert {k: v for k, v in run.description['data'].items() if k in SPLITS} == {'train': toy_images().checksum, 'valid': valid_set.checksum}
     assert {row['split'] for row in run.metrics} == {'train', 'valid'}
@@ -399,17 +399,17 @@ class Mistake:
     also: tuple = () # A second (function, old, new), for mistakes in two places
 
 WINDOW_FORM = '[:, None, None, None]'
-EXPONENT = '-distance**2 / (2 * variance[:, None, None])'
+EXPONENT = 'distance**2 / (-2 * variance[:, None, None])'
 FRESH = 'torch.randn(glimpses or c.glimpses, *expected, dtype=self.initial_canvas.dtype, device=images.device)'
-NOISE = 'torch.randn(T, o.batch_size, config.latent_size, generator=random)'
+NOISE = 'torch.randn(glimpses, len(indices), config.latent_size, generator=random)'
 
 MISTAKES = [
     # 1. One noise draw shared by all steps, or by the batch
     Mistake(1, 'one noise for all steps', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:1].expand(glimpses or c.glimpses, -1, -1)'),
     Mistake(1, 'one noise for the batch', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:, :1].expand(-1, len(images), -1)'),
     Mistake(1, 'one noise for all dimensions', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:, :, :1].expand(-1, -1, c.latent_size)'),
-    Mistake(1, 'one noise for all steps, in training', check_noise_of_training, train, NOISE, f'{NOISE}[:1].expand(T, -1, -1)'),
-    Mistake(1, 'one noise for the batch, in training', check_noise_of_training, train, NOISE, f'{NOISE}[:, :1].expand(-1, o.batch_size, -1)'),
+    Mistake(1, 'one noise for all steps, in training', check_noise_of_training, Task.batch, NOISE, f'{NOISE}[:1].expand(glimpses, -1, -1)'),
+    Mistake(1, 'one noise for the batch, in training', check_noise_of_training, Task.batch, NOISE, f'{NOISE}[:, :1].expand(-1, len(indices), -1)'),
     Mistake(1, 'one noise for all updates', check_noise_of_training, train, 'generator_for(o.seed, 1, step)', 'generator_for(o.seed, 1, 0)'),
     Mistake(1, 'one noise for all steps, in evaluation', check_noise_of_evaluation, evaluate,
             'torch.randn(T, len(images), model.config.latent_size, generator=generator)', 'torch.randn(1, len(images), model.config.latent_size, generator=generator).expand(T, -1, -1)'),
@@ -477,7 +477,7 @@ MISTAKES = [
     Mistake(14, 'no tanh on the cell', check_lstm, LSTMCell.forward, 'self.norm(cell).tanh()', 'self.norm(cell)'),
     Mistake(14, 'no tanh on the cell, in the fused scan', check_network, lstm, 'torch.mul(cell, 2, out=now.tanh).sigmoid_().mul_(2).sub_(1)', 'now.tanh.copy_(cell)'),
     # 15. Selection on the test set; unshuffled training; grey cross-entropy quoted as a likelihood
-    Mistake(15, 'selection on the test set', check_no_test_set, train, 'evaluate(averaged.module, valid_set,', "evaluate(averaged.module, Images(1 - valid_set.pixels, 'toy', 'test', levels=1),"),
+    Mistake(15, 'selection on the test set', check_no_test_set, train, 'task.validate(averaged.module, valid_set,', "task.validate(averaged.module, Images(1 - valid_set.pixels, 'toy', 'test', levels=1),"),
     Mistake(15, 'unshuffled training', check_shuffling, train, 'torch.randperm(len(train_set), generator=generator_for(o.seed, 0, epoch))', 'torch.arange(len(train_set))'),
     Mistake(15, 'one order for all epochs', check_shuffling, train, 'generator_for(o.seed, 0, epoch)', 'generator_for(o.seed, 0, 0)'),
     Mistake(15, 'order that depends on the weights drawn before', check_order_is_a_function_of_the_epoch, train, ', generator=generator_for(o.seed, 0, epoch)', ''),

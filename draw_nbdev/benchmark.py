@@ -6,7 +6,7 @@
 __all__ = ['SCANS', 'product_sizes', 'PlainProduct', 'floor_step', 'reference_scan', 'training_step', 'run_alone', 'peak_memory',
            'benchmark', 'compare']
 
-# %% ../nbs/67_benchmark.ipynb #bf690b83
+# %% ../nbs/67_benchmark.ipynb #de547a56
 import itertools, subprocess, sys, time
 from statistics import median
 import torch
@@ -15,7 +15,7 @@ from .loss import bound
 from .model import DRAW, DRAWConfig, DRAWOutput, preset
 from .scan import Product, fused_scan, in_parallel, outer, sizes, worker_count
 
-# %% ../nbs/67_benchmark.ipynb #5bc11411
+# %% ../nbs/67_benchmark.ipynb #addd5d9b
 def product_sizes(
     config: DRAWConfig, # Sizes of the network
 ) -> list[tuple[int, int]]: # (inputs, outputs) of each product of one step
@@ -63,7 +63,7 @@ def floor_step(
         in_parallel(work, [(pairs, forward, backward) for pairs in data], count)
     return step
 
-# %% ../nbs/67_benchmark.ipynb #02355daa
+# %% ../nbs/67_benchmark.ipynb #1471f87c
 def reference_scan(
     model: DRAW, # The network
     images: Tensor, # x, shape (batch, channels, height, width)
@@ -89,7 +89,7 @@ def training_step(
         optimizer.step()
     return step
 
-# %% ../nbs/67_benchmark.ipynb #fbb1ad79
+# %% ../nbs/67_benchmark.ipynb #71ee44e2
 def run_alone(
     scan: str, # 'reference' or 'fused'
     config: DRAWConfig, # Sizes of the network
@@ -113,7 +113,7 @@ def peak_memory(
 
 SCANS = {'reference': reference_scan, 'fused': fused_scan}
 
-# %% ../nbs/67_benchmark.ipynb #a802d455
+# %% ../nbs/67_benchmark.ipynb #76c3e9a9
 def benchmark(
     presets: tuple[str, ...] = ('mnist',), # Names of `PRESETS`
     batches: tuple[int, ...] = (100, 256), # Images in a batch

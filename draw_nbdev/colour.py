@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'CROP', 'GROWTH', 'SVHN_URL', 'SVHN_SHA256', 'MOST_DIGITS', 'PATCH', 'digit_boxes', 'grown_box',
            'crop_number', 'find_parts', 'PatchImages', 'house_numbers', 'svhn', 'cifar10']
 
-# %% ../nbs/56_colour.ipynb #a7e5eb45
+# %% ../nbs/56_colour.ipynb #16bfa26e
 import hashlib, io, tarfile, zipfile, zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .data import SPLITS, Images, _md5, _one_line, _open_url, _places, _write_somewhere
 from .images import _opened
 
-# %% ../nbs/56_colour.ipynb #8badfe99
+# %% ../nbs/56_colour.ipynb #5d9197aa
 FIELDS = b'left', b'top', b'width', b'height'
 
 def _values(dataset: h5d.DatasetID) -> np.ndarray: # Shape (count,)
@@ -40,7 +40,7 @@ def _boxes(record: h5g.GroupID, file: h5f.FileID) -> np.ndarray: # Shape (digits
     if not np.isfinite(boxes).all(): raise ValueError('a box that is not finite')
     return boxes
 
-# %% ../nbs/56_colour.ipynb #7170b6d9
+# %% ../nbs/56_colour.ipynb #2412ed69
 def digit_boxes(
     mat: bytes, # A whole file digitStruct.mat
 ) -> dict[str, np.ndarray]: # File name -> left, top, width, height in pixels, shape (digits, 4); left and top are counted from 0
@@ -62,7 +62,7 @@ def digit_boxes(
         found[name] = boxes
     return found
 
-# %% ../nbs/56_colour.ipynb #12d200c4
+# %% ../nbs/56_colour.ipynb #44fc0391
 CROP, GROWTH = 64, 1.3   # side of a prepared image, in pixels; size of its box relative to that of the digits
 
 def grown_box(
@@ -86,7 +86,7 @@ def crop_number(
     box = grown_box(boxes, image.height, image.width)
     return np.asarray(image.convert('RGB').resize((CROP, CROP), Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1)
 
-# %% ../nbs/56_colour.ipynb #922c74e0
+# %% ../nbs/56_colour.ipynb #e933be8d
 SVHN_URL = 'http://ufldl.stanford.edu/housenumbers/'
 SVHN_SHA256 = {
     'train': '4b17bb33b6cd8f963493168f80143da956f28ec406cc12f8e5745a9f91a51898',
@@ -141,7 +141,7 @@ def _sha256(place: Path) -> str: # 64 hexadecimal digits
             while block := file.read(2**20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/56_colour.ipynb #60fd59e8
+# %% ../nbs/56_colour.ipynb #a123b504
 def _make_crops(place: Path, part: str) -> np.ndarray: # Shape (bytes,): a whole .npy file of crops (count, 3, 64, 64), uint8
     "Crop all numbers of a part, sorted by the MD5 of their names"
     with _damage_in(place):
@@ -180,7 +180,7 @@ def _crops(place: Path, part: str, checksum: str, root: str | Path | None) -> np
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f'{here[0]} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
 
-# %% ../nbs/56_colour.ipynb #a5d823c5
+# %% ../nbs/56_colour.ipynb #dd0474f2
 PATCH = 54   # side of the patches, in pixels
 
 class PatchImages(Images):
@@ -199,7 +199,7 @@ class PatchImages(Images):
         images, channels = indices[:, None, None, None], torch.arange(3)[:, None, None]
         return self.pixels[images, channels, rows[:, None, :, None], columns[:, None, None, :]].float() / self.levels
 
-# %% ../nbs/56_colour.ipynb #522e5545
+# %% ../nbs/56_colour.ipynb #ca300766
 def house_numbers(
     path: str | Path, # Folder with train.tar.gz, extra.tar.gz, test.tar.gz, or these unpacked; or a zip of the unpacked folders
     split: str, # 'train' (random patches), 'valid' or 'test' (central patches)
@@ -235,7 +235,7 @@ def house_numbers(
     edge = (CROP - PATCH)//2
     return Images(pixels[..., edge:edge + PATCH, edge:edge + PATCH].contiguous(), name, split, note)
 
-# %% ../nbs/56_colour.ipynb #abdd853e
+# %% ../nbs/56_colour.ipynb #d427ba7d
 def svhn(
     split: str, # 'train' (231,053 images), 'valid' (4,701) or 'test' (13,068)
     root: str | Path | None = None, # Data folder; `data_root()` if None
@@ -248,7 +248,7 @@ def svhn(
                                 f'into {folders[0]}')
     return house_numbers(folder, split, root, official_only=True)
 
-# %% ../nbs/56_colour.ipynb #cf83615e
+# %% ../nbs/56_colour.ipynb #7663fc57
 def cifar10(
     split: str, # 'train' (45,000 images), 'valid' (5,000) or 'test' (10,000)
     root: str | Path | None = None, # Data folder; `data_root()` if None

@@ -88,6 +88,7 @@ def test_imports_stand_alone(): run(sys.executable, 'tools/check_imports.py', cw
 def test_links_between_notebooks(file):
     "Links name the notebook: that works in Jupyter, on GitHub and, rewritten, on the site"
     text = '\n'.join(''.join(o['source']) for o in cells(file) if o['cell_type'] == 'markdown')
+    assert not re.findall(r'\[`[^`]*`\]\(', text), 'nbdev makes a link of the name in backticks: leave out the outer one'
     local = [o.partition('#')[0] for o in re.findall(r'\]\(([^)\s:]+)\)', text)]
     missing = [o for o in local if o and not (file.parent/o).is_file()]
     assert not missing, missing

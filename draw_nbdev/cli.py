@@ -7,13 +7,13 @@ __all__ = ['app', 'PRESET', 'MODEL', 'SEED', 'DATA', 'IMAGES', 'SIZE', 'GLIMPSES
            'train_command', 'evaluate_command', 'generate_command', 'reproduce_command', 'benchmark_command',
            'data_command', 'main']
 
-# %% ../nbs/85_cli.ipynb #93948104
+# %% ../nbs/85_cli.ipynb #2084d61f
 import json, os, sys
 from pathlib import Path
 from typing import Annotated
 import typer
 
-# %% ../nbs/85_cli.ipynb #931e8236
+# %% ../nbs/85_cli.ipynb #5c4998e8
 app = typer.Typer(help='DRAW, a recurrent neural network that generates images in steps: train it, evaluate it, watch it draw.',
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -43,7 +43,7 @@ def write_json(path, values):
     partial.write_text(json.dumps(values, indent=2), encoding='utf-8')
     partial.replace(path)
 
-# %% ../nbs/85_cli.ipynb #1ef32cd8
+# %% ../nbs/85_cli.ipynb #8915688e
 def parse_glimpses(
     text: str, # '64', or stages '16:10,32:10,64:80' as glimpses:epochs
     epochs: int | None, # Given beside it, or None
@@ -108,7 +108,7 @@ def train_command(
         say(f'epoch {row["epoch"] + 1}: {row["bound"]:.2f} nats on {valid_set.name} valid ({parts})')
     say(f'weights: {out / "best"}')
 
-# %% ../nbs/85_cli.ipynb #1117991a
+# %% ../nbs/85_cli.ipynb #87add22c
 @app.command('evaluate')
 def evaluate_command(
     model: MODEL,
@@ -131,7 +131,7 @@ def evaluate_command(
     if out: check_folder(out, 'evaluation.json')
     network, history = DRAW.from_pretrained(model), find_weights(model)
     history = history and history / 'training.json'
-    trained_on = json.loads(history.read_text(encoding='utf-8'))['data']['name'] if history and history.is_file() else 'mnist'
+    trained_on = json.loads(history.read_text(encoding='utf-8')).get('data', {}).get('name') if history and history.is_file() else 'mnist'
     default = trained_on if trained_on in MAKERS else None
     result = evaluate(network, find_data(data, images, size, split, default), glimpses, seeds, samples, limit)
     spread = '' if result.bound_spread is None else f', spread over {result.seeds} seeds {result.bound_spread:.3f}'
@@ -143,7 +143,7 @@ def evaluate_command(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
 
-# %% ../nbs/85_cli.ipynb #9cc11b66
+# %% ../nbs/85_cli.ipynb #a67f5618
 @app.command('generate')
 def generate_command(
     model: MODEL,
@@ -171,7 +171,7 @@ def generate_command(
     plots.animation(more.canvases, out / 'drawing.gif', more.windows, size)
     for name in ('samples.png', 'sequence.png', 'drawing.gif'): typer.echo(out / name)
 
-# %% ../nbs/85_cli.ipynb #131ae80a
+# %% ../nbs/85_cli.ipynb #0221b0c4
 @app.command('reproduce')
 def reproduce_command(
     scale: Annotated[str, typer.Option(help='smoke: minutes, from packaged weights or small networks; paper: Table 3 in full, days on a CPU.')] = 'smoke',
@@ -182,7 +182,7 @@ def reproduce_command(
     from draw_nbdev.reproduce import reproduce
     typer.echo(reproduce(out, scale, seed, say=lambda line: typer.echo(line, err=True)))
 
-# %% ../nbs/85_cli.ipynb #ddec3ad8
+# %% ../nbs/85_cli.ipynb #2d34df27
 @app.command('benchmark')
 def benchmark_command(
     preset: Annotated[list[str] | None, typer.Option(help='Sizes to measure; may be given several times. [default: mnist]', show_default=False)] = None,
@@ -202,7 +202,7 @@ def benchmark_command(
     typer.echo(pd.DataFrame(rows).round({'images_per_s': 1, 'floor_share': 2, 'peak_mb': 0}).to_string(index=False))
     if json_file: write_json(json_file, rows)
 
-# %% ../nbs/85_cli.ipynb #ab7ac650
+# %% ../nbs/85_cli.ipynb #97beafbf
 @app.command('data')
 def data_command():
     "List the data sets: where they are, or what to put where."
@@ -211,7 +211,7 @@ def data_command():
     typer.echo(f'Data folder: {data_root()} (set DRAW_DATA to choose another)')
     for row in data_sets(): typer.echo(f'\n{row.name}: {row.images}\n  {row.state}\n  {row.size}; licence: {row.licence}')
 
-# %% ../nbs/85_cli.ipynb #f86fd4f5
+# %% ../nbs/85_cli.ipynb #fbce334e
 def main():
     "The command `draw`"
     try: sys.exit(app(standalone_mode=False))

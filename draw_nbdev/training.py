@@ -7,7 +7,7 @@ __all__ = ['TrainOptions', 'learning_rate', 'kl_weight', 'glimpses_at', 'generat
            'load_state', 'save_weights', 'check_folder', 'open_run', 'read_metrics', 'keep_metrics', 'Task', 'train',
            'Log']
 
-# %% ../nbs/60_training.ipynb #8bbee407
+# %% ../nbs/60_training.ipynb #1e306a83
 import json, os, shutil
 from dataclasses import asdict, dataclass, replace
 from math import cos, isfinite, pi
@@ -28,7 +28,7 @@ from .evaluation import evaluate
 from .loss import bound
 from .model import DRAW, DRAWConfig, explained
 
-# %% ../nbs/60_training.ipynb #537513bb
+# %% ../nbs/60_training.ipynb #6c9b4eed
 @dataclass(frozen=True)
 class TrainOptions:
     "Everything that shapes a run beside the network and the data; raises `ValueError` for values that make no run"
@@ -63,7 +63,7 @@ class TrainOptions:
         grown = sum(epochs for _, epochs in self.growth)
         if grown >= self.epochs: raise ValueError(f'growth takes {grown} of {self.epochs} epochs: leave at least one for the full number of glimpses')
 
-# %% ../nbs/60_training.ipynb #22b7e873
+# %% ../nbs/60_training.ipynb #c9d7e643
 def learning_rate(
     options: TrainOptions,
     step: int, # Updates done so far
@@ -92,7 +92,7 @@ def glimpses_at(
         epoch -= epochs
     return full
 
-# %% ../nbs/60_training.ipynb #b8e8c8ba
+# %% ../nbs/60_training.ipynb #762a12a6
 def generator_for(
     seed: int, # Of the run
     stream: int, # Which purpose
@@ -101,16 +101,23 @@ def generator_for(
     "The source of randomness for one purpose at one moment of a run"
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]))
 
-# %% ../nbs/60_training.ipynb #7b76c8a0
-def moving_average(decay):
+# %% ../nbs/60_training.ipynb #1f60d397
+def moving_average(
+    decay: float, # What the decay rises to, at least 0 and below 1
+): # `multi_avg_fn` of `AveragedModel`
     "An exponential moving average for `AveragedModel`, whose decay rises to `decay` over the first updates"
     @torch.no_grad()
     def update(averaged, current, count):
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count.item()) / (10 + count.item())))
     return update
 
-# %% ../nbs/60_training.ipynb #75200fc1
-def save_state(accelerator, averaged, progress, out):
+# %% ../nbs/60_training.ipynb #b9f8ba5a
+def save_state(
+    accelerator: Accelerator, # Holds the network and Adam
+    averaged: AveragedModel, # Moving average of the weights
+    progress: dict, # Updates done as `step`, best score and its glimpses, seconds
+    out: Path, # Folder of the run
+) -> None:
     "Write state-NUMBER completely or not at all, then remove older ones"
     final, partial = out / f'state-{progress["step"]:08d}', out / 'state.tmp'
     if accelerator.is_main_process: shutil.rmtree(partial, ignore_errors=True)
@@ -127,7 +134,11 @@ def save_state(accelerator, averaged, progress, out):
             if old != final: shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
-def load_state(accelerator, averaged, out):
+def load_state(
+    accelerator: Accelerator, # Holds the network and Adam, both overwritten
+    averaged: AveragedModel, # Overwritten
+    out: Path, # Folder of the run
+) -> dict | None: # As given to `save_state`; raises `ValueError` for a damaged state
     "Go on from the newest state: its progress, or None where there is none"
     states = sorted(out.glob('state-*'))
     if not states: return None
@@ -137,7 +148,11 @@ def load_state(accelerator, averaged, out):
         averaged.load_state_dict(load_file(states[-1] / 'averaged.safetensors'))
         return json.loads((states[-1] / 'progress.json').read_text(encoding='utf-8'))
 
-def save_weights(model, folder, history):
+def save_weights(
+    model: nn.Module, # With `save_pretrained`
+    folder: Path, # Made if it is not there
+    history: dict, # Where the weights come from
+) -> None:
     "Write model.safetensors, config.json and training.json, which says where the weights come from, each replaced in one move"
     partial = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(partial, ignore_errors=True)
@@ -148,7 +163,7 @@ def save_weights(model, folder, history):
     for file in partial.iterdir(): os.replace(file, folder / file.name)
     partial.rmdir()
 
-# %% ../nbs/60_training.ipynb #4bc37473
+# %% ../nbs/60_training.ipynb #b69aad17
 def check_folder(
     out: Path, # Where something is about to be written
     marker: str, # File that says a folder was made for this, such as run.json
@@ -157,7 +172,11 @@ def check_folder(
     if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(file.name != f'{marker}.tmp' for file in out.iterdir())):
         raise ValueError(f'{out} exists and is not a folder with a {marker}: choose another --out, or remove it')
 
-def open_run(out, description, write):
+def open_run(
+    out: Path, # Folder of the run
+    description: dict, # With config, options, data and version
+    write: bool, # Write run.json, or only look
+) -> None:
     "Begin a run in a new folder or check that `out` holds the same one; raises `ValueError` otherwise"
     file = out / 'run.json'
     check_folder(out, file.name)
@@ -187,13 +206,16 @@ def read_metrics(
         except ValueError: pass
     return rows
 
-def keep_metrics(out, step):
+def keep_metrics(
+    out: Path, # Folder of the run
+    step: int, # Updates done; later lines are dropped
+) -> None:
     "Drop the lines that a resumed run will write again"
     rows, partial = [row for row in read_metrics(out) if row['step'] <= step], out / 'metrics.jsonl.tmp'
     partial.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
     partial.replace(out / 'metrics.jsonl')
 
-# %% ../nbs/60_training.ipynb #898d4b1b
+# %% ../nbs/60_training.ipynb #a1e48347
 class Task:
     "What a run learns: the bound of a DRAW network, unless a subclass says otherwise"
     network = DRAW # Class of the network
@@ -247,7 +269,7 @@ class Task:
         result = evaluate(model, data, glimpses=glimpses, limit=limit)
         return {name: getattr(result, name) for name in ('bound', 'reconstruction', 'latent', 'bound_se', 'kl_per_step')}
 
-# %% ../nbs/60_training.ipynb #cdd0bab0
+# %% ../nbs/60_training.ipynb #5fb46a99
 def train(
     config: DRAWConfig, # The network
     train_set: Images, # Images to learn from
@@ -330,7 +352,7 @@ def train(
     accelerator.free_memory()
     return task.network.from_pretrained(out)
 
-# %% ../nbs/60_training.ipynb #71cb1d71
+# %% ../nbs/60_training.ipynb #200d669b
 class Log:
     "One line of JSON and one point on TensorBoard's curves at a time"
     def __init__(self, out, step):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['read_patch', 'write_patch', 'AttentiveRead', 'filters', 'AttentiveWrite', 'WholeRead', 'WholeWrite']
 
-# %% ../nbs/20_attention.ipynb #66faa9d9
+# %% ../nbs/20_attention.ipynb #6917d50a
 import torch
 from torch import Tensor, nn
 from .filterbank import Window, attention_window, filterbank
 
-# %% ../nbs/20_attention.ipynb #16b82961
+# %% ../nbs/20_attention.ipynb #e6491768
 def read_patch(
     images: Tensor, # Shape (batch, channels, height, width)
     filter_y: Tensor, # F_Y, shape (batch, size, height)
@@ -19,7 +19,7 @@ def read_patch(
     "The part of Eq. 27 in brackets: images seen through a window"
     return filter_y[:, None] @ images @ filter_x[:, None].mT
 
-# %% ../nbs/20_attention.ipynb #d976598a
+# %% ../nbs/20_attention.ipynb #909bb6a6
 def write_patch(
     patch: Tensor, # Shape (batch, channels, size, size)
     filter_y: Tensor, # F_Y, shape (batch, size, height)
@@ -28,7 +28,7 @@ def write_patch(
     "The part of Eq. 29 after 1/gamma: a patch stamped onto an empty canvas"
     return filter_y[:, None].mT @ patch @ filter_x[:, None]
 
-# %% ../nbs/20_attention.ipynb #1b6c1252
+# %% ../nbs/20_attention.ipynb #e46dec17
 class AttentiveRead(nn.Module):
     "Eq. 27: image and error image, read through one window that the decoder chose"
     def __init__(self,
@@ -53,7 +53,7 @@ class AttentiveRead(nn.Module):
         patches = read_patch(torch.cat([images, errors], dim=1), filter_y, filter_x)
         return (window.intensity[:, None, None, None] * patches).flatten(1), window
 
-# %% ../nbs/20_attention.ipynb #5647906f
+# %% ../nbs/20_attention.ipynb #82e44745
 def filters(
     window: Window, # Fields of shape (batch,)
     size: int, # Side of the patch, N, in filters
@@ -64,7 +64,7 @@ def filters(
     return (filterbank(window.center_y, window.stride, window.variance, size, height),
             filterbank(window.center_x, window.stride, window.variance, size, width))
 
-# %% ../nbs/20_attention.ipynb #0c7d41ef
+# %% ../nbs/20_attention.ipynb #eda1bc74
 class AttentiveWrite(nn.Module):
     "Eqs 28, 29: a patch stamped onto the canvas through the decoder's own window"
     def __init__(self,
@@ -87,7 +87,7 @@ class AttentiveWrite(nn.Module):
         w = self.patch(hidden).unflatten(1, (self.channels, self.size, self.size)).to(filter_y.dtype)
         return write_patch(w, filter_y, filter_x) / window.intensity[:, None, None, None], window
 
-# %% ../nbs/20_attention.ipynb #145e3c67
+# %% ../nbs/20_attention.ipynb #5e12c0ae
 class WholeRead(nn.Module):
     "Eq. 17: image and error image as they are"
     def __init__(self,
@@ -105,7 +105,7 @@ class WholeRead(nn.Module):
     ) -> tuple[Tensor, None]: # Reading of shape (batch, 2 * channels * height * width), image first; no window
         return torch.cat([images, errors], dim=1).flatten(1), None
 
-# %% ../nbs/20_attention.ipynb #5600c62a
+# %% ../nbs/20_attention.ipynb #bfbe5252
 class WholeWrite(nn.Module):
     "Eq. 18: an affine map of the decoder's output onto the whole canvas"
     def __init__(self,

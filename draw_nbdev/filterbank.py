@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Window', 'attention_window', 'filterbank']
 
-# %% ../nbs/10_filterbank.ipynb #ac7b472e
+# %% ../nbs/10_filterbank.ipynb #e4bf85e0
 from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/10_filterbank.ipynb #544c984a
+# %% ../nbs/10_filterbank.ipynb #a815a752
 class Window(NamedTuple):
     "Where and how an attention window looks, for each image of a batch; pixels are counted from 1"
     center_x: Tensor # Column of the grid's centre, the paper's g_X, in pixels, shape (batch,)
@@ -19,7 +19,7 @@ class Window(NamedTuple):
     variance: Tensor # Variance of each Gaussian filter, the paper's sigma^2, in squared pixels, shape (batch,)
     intensity: Tensor # Factor on what is read, the paper's gamma, shape (batch,)
 
-# %% ../nbs/10_filterbank.ipynb #e897b156
+# %% ../nbs/10_filterbank.ipynb #d135c66a
 def attention_window(
     parameters: Tensor, # Unconstrained (g~_X, g~_Y, log sigma^2, log delta~, log gamma), shape (batch, 5)
     size: int, # Side of the patch, the paper's N, in filters
@@ -33,7 +33,7 @@ def attention_window(
     return Window((width + 1) / 2 * (g_x + 1), (height + 1) / 2 * (g_y + 1),
                   (max(width, height) - 1) / max(size - 1, 1) * log_delta.exp(), log_variance.exp(), log_gamma.exp())
 
-# %% ../nbs/10_filterbank.ipynb #e5d6d8c3
+# %% ../nbs/10_filterbank.ipynb #39008beb
 def filterbank(
     center: Tensor, # Centre of the grid on this axis, g_X or g_Y, in pixels counted from 1, shape (batch,)
     stride: Tensor, # Distance between filter centres, delta, in pixels, shape (batch,)

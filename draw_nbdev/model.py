@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'PRETRAINED', 'DRAWConfig', 'check_sizes', 'preset', 'LSTMCell', 'explained', 'DRAWOutput', 'Drawing',
            'Step', 'stack_windows', 'Pretrained', 'DRAW', 'find_weights']
 
-# %% ../nbs/30_model.ipynb #fe9569fd
+# %% ../nbs/30_model.ipynb #c368ccd6
 import contextlib, io, json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,7 +21,7 @@ from .attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
 from .filterbank import Window
 from .scan import fits, fused_scan
 
-# %% ../nbs/30_model.ipynb #938c21d5
+# %% ../nbs/30_model.ipynb #cd6e132b
 @dataclass(frozen=True)
 class DRAWConfig:
     "Sizes of a DRAW network; raises `ValueError` for sizes that make none"
@@ -47,7 +47,7 @@ def check_sizes(
         if type(value) is not field.type: raise ValueError(f'{field.name} must be {field.type.__name__}, got {value!r}')
         if field.type is int and value < 1: raise ValueError(f'{field.name} must be at least 1, got {value}')
 
-# %% ../nbs/30_model.ipynb #8ff8f325
+# %% ../nbs/30_model.ipynb #d021e648
 PRESETS = {
     'mnist': DRAWConfig(),
     'mnist_no_attention': DRAWConfig(attention=False),
@@ -67,7 +67,7 @@ def preset(
     if unknown: raise ValueError(f'no such setting: {", ".join(sorted(unknown))}')
     return replace(presets[name], **changes)
 
-# %% ../nbs/30_model.ipynb #f2ee3411
+# %% ../nbs/30_model.ipynb #cb8085e8
 class LSTMCell(nn.Module):
     "An LSTM with forget gates, gates in PyTorch's order: input, forget, cell, output"
     def __init__(self,
@@ -89,7 +89,7 @@ class LSTMCell(nn.Module):
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         return o.sigmoid() * self.norm(cell).tanh(), cell
 
-# %% ../nbs/30_model.ipynb #1015ca8a
+# %% ../nbs/30_model.ipynb #3e585d5e
 @contextlib.contextmanager
 def explained(
     kind: type[Exception], # What to raise instead
@@ -102,7 +102,7 @@ def explained(
         reason = ' '.join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
         raise kind(f'{text} ({reason})') from error
 
-# %% ../nbs/30_model.ipynb #c0062aca
+# %% ../nbs/30_model.ipynb #b5a650e9
 class DRAWOutput(NamedTuple):
     "What the loss needs of one pass"
     canvas: Tensor # c_T in logits, shape (batch, channels, height, width)
@@ -122,7 +122,7 @@ class Drawing(NamedTuple):
         cut = lambda windows: windows and Window(*(field[:, :count] for field in windows))
         return Drawing(self.canvases[:, :count], cut(self.windows), cut(self.read_windows))
 
-# %% ../nbs/30_model.ipynb #0441e64a
+# %% ../nbs/30_model.ipynb #49437838
 class Step(NamedTuple):
     "One step of the recurrence"
     mean: Tensor # mu_t, shape (batch, latent_size)
@@ -138,7 +138,7 @@ def stack_windows(
     "Windows of all steps in one"
     return None if windows[0] is None else Window(*(torch.stack(values) for values in zip(*windows)))
 
-# %% ../nbs/30_model.ipynb #cbb7c7b8
+# %% ../nbs/30_model.ipynb #74c4be33
 class Pretrained(PyTorchModelHubMixin):
     "Saving as safetensors and JSON, and strict loading, for a network whose sizes are its argument `config`"
     @classmethod
@@ -158,7 +158,7 @@ class Pretrained(PyTorchModelHubMixin):
         "Hub repositories with pickled weights only: refused, because unpickling runs whatever code is in the file"
         raise ValueError(f'{model_file} is a pickle: only model.safetensors is loaded')
 
-# %% ../nbs/30_model.ipynb #53ee1977
+# %% ../nbs/30_model.ipynb #14d461b2
 class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit', paper_url='https://arxiv.org/abs/1502.04623'):
     "Deep Recurrent Attentive Writer: a recurrent variational autoencoder that draws in steps"
     def __init__(self,
@@ -270,7 +270,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit', pape
         self.initial_canvas.copy_(mean_image.clamp(margin, 1 - margin).logit())
         return self
 
-# %% ../nbs/30_model.ipynb #7ac35353
+# %% ../nbs/30_model.ipynb #7fd9d16a
 PRETRAINED = Path(str(files('draw_nbdev') / 'pretrained')) # A folder for each packaged name
 
 def find_weights(

@@ -1,10 +1,10 @@
 "What the notebook on plots cannot test: faults while writing, and what an import costs."
 import os, subprocess, sys
 
-import pytest
+import matplotlib, pytest, torch
 from PIL import Image
 
-from draw_nbdev.plots import save
+from draw_nbdev.plots import animation, can_write_mp4, save
 
 OLD, NEW = Image.new('RGB', (4, 3), 'white'), Image.new('RGB', (4, 3), 'black')
 
@@ -34,6 +34,29 @@ def test_killed_while_writing_leaves_the_old_picture(tmp_path):
     assert path.read_bytes() == before
     save(NEW, path)
     with Image.open(path) as image: assert image.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_failing_ffmpeg_leaves_the_old_film(tmp_path):
+    "Told in one line, as when the disk is full or ffmpeg was built without H.264"
+    program, film = tmp_path / 'ffmpeg', tmp_path / 'film' / 'drawing.mp4'
+    program.write_text('#!/bin/sh\nfor last; do :; done\necho half a film > "$last"\necho a warning >&2\necho "No space left on device" >&2\nexit 1\n')
+    program.chmod(0o755)
+    film.parent.mkdir()
+    film.write_bytes(b'the old film')
+    with matplotlib.rc_context({'animation.ffmpeg_path': str(program)}), pytest.raises(OSError) as caught: animation(torch.zeros(5, 1, 1, 8, 8), film)
+    assert str(caught.value) == 'ffmpeg could not write drawing.mp4: No space left on device'
+    assert film.read_bytes() == b'the old film' and os.listdir(film.parent) == ['drawing.mp4']
+
+
+def test_film_replaces_the_old_one_and_obeys_the_umask(tmp_path):
+    if not can_write_mp4(): pytest.skip('no ffmpeg here')
+    film = tmp_path / 'new' / 'drawing.mp4'
+    old = os.umask(0o022)
+    try:
+        for canvases in (torch.zeros(3, 1, 1, 8, 8), torch.zeros(3, 1, 3, 9, 7)): assert animation(canvases, film) == film
+    finally: os.umask(old)
+    assert film.read_bytes()[4:8] == b'ftyp' and film.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(film.parent) == ['drawing.mp4']
 
 
 def test_saved_pictures_obey_the_umask(tmp_path):

@@ -7,7 +7,7 @@ __all__ = ['TrainOptions', 'learning_rate', 'kl_weight', 'glimpses_at', 'generat
            'load_state', 'save_weights', 'check_folder', 'open_run', 'read_metrics', 'keep_metrics', 'Task', 'train',
            'Log']
 
-# %% ../nbs/60_training.ipynb #1e306a83
+# %% ../nbs/60_training.ipynb #48bd0bb0
 import json, os, shutil
 from dataclasses import asdict, dataclass, replace
 from math import cos, isfinite, pi
@@ -28,7 +28,7 @@ from .evaluation import evaluate
 from .loss import bound
 from .model import DRAW, DRAWConfig, explained
 
-# %% ../nbs/60_training.ipynb #6c9b4eed
+# %% ../nbs/60_training.ipynb #3a9c4f0d
 @dataclass(frozen=True)
 class TrainOptions:
     "Everything that shapes a run beside the network and the data; raises `ValueError` for values that make no run"
@@ -63,7 +63,7 @@ class TrainOptions:
         grown = sum(epochs for _, epochs in self.growth)
         if grown >= self.epochs: raise ValueError(f'growth takes {grown} of {self.epochs} epochs: leave at least one for the full number of glimpses')
 
-# %% ../nbs/60_training.ipynb #c9d7e643
+# %% ../nbs/60_training.ipynb #ea2037a5
 def learning_rate(
     options: TrainOptions,
     step: int, # Updates done so far
@@ -92,7 +92,7 @@ def glimpses_at(
         epoch -= epochs
     return full
 
-# %% ../nbs/60_training.ipynb #762a12a6
+# %% ../nbs/60_training.ipynb #6e70cb97
 def generator_for(
     seed: int, # Of the run
     stream: int, # Which purpose
@@ -101,7 +101,7 @@ def generator_for(
     "The source of randomness for one purpose at one moment of a run"
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)[0]))
 
-# %% ../nbs/60_training.ipynb #1f60d397
+# %% ../nbs/60_training.ipynb #0bd47e3e
 def moving_average(
     decay: float, # What the decay rises to, at least 0 and below 1
 ): # `multi_avg_fn` of `AveragedModel`
@@ -111,7 +111,7 @@ def moving_average(
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count.item()) / (10 + count.item())))
     return update
 
-# %% ../nbs/60_training.ipynb #b9f8ba5a
+# %% ../nbs/60_training.ipynb #5d029359
 def save_state(
     accelerator: Accelerator, # Holds the network and Adam
     averaged: AveragedModel, # Moving average of the weights
@@ -163,7 +163,7 @@ def save_weights(
     for file in partial.iterdir(): os.replace(file, folder / file.name)
     partial.rmdir()
 
-# %% ../nbs/60_training.ipynb #b69aad17
+# %% ../nbs/60_training.ipynb #b4042cd0
 def check_folder(
     out: Path, # Where something is about to be written
     marker: str, # File that says a folder was made for this, such as run.json
@@ -215,7 +215,7 @@ def keep_metrics(
     partial.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
     partial.replace(out / 'metrics.jsonl')
 
-# %% ../nbs/60_training.ipynb #a1e48347
+# %% ../nbs/60_training.ipynb #20b6494d
 class Task:
     "What a run learns: the bound of a DRAW network, unless a subclass says otherwise"
     network = DRAW # Class of the network
@@ -269,7 +269,7 @@ class Task:
         result = evaluate(model, data, glimpses=glimpses, limit=limit)
         return {name: getattr(result, name) for name in ('bound', 'reconstruction', 'latent', 'bound_se', 'kl_per_step')}
 
-# %% ../nbs/60_training.ipynb #5fb46a99
+# %% ../nbs/60_training.ipynb #d61c93e1
 def train(
     config: DRAWConfig, # The network
     train_set: Images, # Images to learn from
@@ -306,7 +306,7 @@ def train(
     log = Log(out, progress['step']) if main else None
     clock = perf_counter(), progress['step']
     diverged = f'the loss is no longer finite: choose a lower learning rate; {out} keeps the last good state'
-    began, cpu_began = perf_counter() - progress['seconds'], process_time() - progress['cpu_seconds']
+    began, cpu_began, cpu_before = perf_counter() - progress['seconds'], process_time(), progress['cpu_seconds']
 
     for step in tqdm(range(progress['step'], total), initial=progress['step'], total=total, disable=None if main else True, unit='updates'):
         epoch, place = divmod(step, per_epoch)
@@ -334,7 +334,8 @@ def train(
             clock = perf_counter(), done
         if done % o.save_every == 0 or done % per_epoch == 0:
             if not all(p.isfinite().all() for p in averaged.parameters()): raise ValueError(diverged)
-            progress.update(step=done, seconds=perf_counter() - began, cpu_seconds=process_time() - cpu_began)
+            cpu = accelerator.reduce(torch.tensor(process_time() - cpu_began, device=accelerator.device), 'sum').item() # of all processes
+            progress.update(step=done, seconds=perf_counter() - began, cpu_seconds=cpu_before + cpu)
         if done % per_epoch == 0:
             if main:
                 result = task.validate(averaged.module, valid_set, T, o.valid_images)
@@ -352,7 +353,7 @@ def train(
     accelerator.free_memory()
     return task.network.from_pretrained(out)
 
-# %% ../nbs/60_training.ipynb #200d669b
+# %% ../nbs/60_training.ipynb #8b214ad5
 class Log:
     "One line of JSON and one point on TensorBoard's curves at a time"
     def __init__(self, out, step):

@@ -4,26 +4,30 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIERS', 'CLASSIFIER_OPTIONS', 'TABLE_1', 'RAMConfig', 'check_images', 'ClassifierOutput', 'DifferentiableRAM',
-           'limit_growth', 'ConvolutionalConfig', 'Convolutional', 'Classification', 'classification_error',
-           'ClassifyTask', 'train_classifier']
+           'limit_growth', 'ConvolutionalConfig', 'Convolutional', 'network_class', 'load_classifier', 'check_labelled',
+           'Classification', 'classification_error', 'ClassifyTask', 'train_classifier', 'glimpse_grid']
 
-# %% ../nbs/75_classifier.ipynb #12a08bb9
+# %% ../nbs/75_classifier.ipynb #93e94790
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from .attention import filters, read_patch
 from .data import Images
 from .filterbank import Window, attention_window
-from .model import LSTMCell, Pretrained, check_sizes, preset, stack_windows
+from .model import DRAW, LSTMCell, Pretrained, check_sizes, explained, find_weights, preset, stack_windows
+from .plots import READ_COLOR, draw_windows, image_grid
 from .training import Task, TrainOptions, train
 
-# %% ../nbs/75_classifier.ipynb #8736575e
+# %% ../nbs/75_classifier.ipynb #03a1eaad
 @dataclass(frozen=True)
 class RAMConfig:
     "Sizes of a Differentiable RAM; raises `ValueError` for sizes that make none"
@@ -45,7 +49,7 @@ def check_images(
     shape = config.channels, config.height, config.width
     if images.shape[1:] != shape: raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit a network for {shape}')
 
-# %% ../nbs/75_classifier.ipynb #ba84386d
+# %% ../nbs/75_classifier.ipynb #15f791fc
 class ClassifierOutput(NamedTuple):
     "What one pass gives"
     logits: Tensor # Unnormalised log probabilities, shape (batch, classes)
@@ -95,7 +99,7 @@ def limit_growth(
         return gradient * (limit * first[0] / length.clamp(min=1e-30)).clamp(max=1)
     return shorten
 
-# %% ../nbs/75_classifier.ipynb #c601b9f9
+# %% ../nbs/75_classifier.ipynb #bc76af06
 @dataclass(frozen=True)
 class ConvolutionalConfig:
     "Sizes of the convolutional baseline; raises `ValueError` for sizes that make none"
@@ -127,17 +131,45 @@ class Convolutional(nn.Module, Pretrained, library_name='draw_nbdev', license='m
 
     def forward(self,
         images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
-        glimpses: int | None = None, # Not used: there is only one look
+        glimpses: int | None = None, # There is only one look; raises `ValueError` for more
         limit: float | None = None, # Not used: nothing goes back through time
     ) -> ClassifierOutput: # Without windows
         "Class of an image seen as a whole"
         check_images(images, self.config)
+        if glimpses not in (None, 1): raise ValueError(f'the convolutional network looks once, not {glimpses} times: leave the glimpses out')
         features = self.convolution(images).relu().flatten(1)
         return ClassifierOutput(self.classes(self.hidden(features).relu()), None)
 
 CLASSIFIERS = {'cluttered_4': RAMConfig(glimpses=4), 'cluttered_8': RAMConfig(), 'cluttered_convolutional': ConvolutionalConfig()}
 
-# %% ../nbs/75_classifier.ipynb #b0d5d631
+# %% ../nbs/75_classifier.ipynb #3f9b464e
+def network_class(
+    name: str | Path, # As in `load_classifier`
+) -> type[nn.Module]: # `DRAW`, `DifferentiableRAM` or `Convolutional`
+    "Which network the weights called `name` are for, told by the fields of their configuration; raises `ValueError` where it cannot be read"
+    folder = find_weights(name)
+    file = folder / 'config.json' if folder else Path(hf_hub_download(str(name), 'config.json'))
+    with explained(ValueError, f'the config.json of {name} is damaged', ValueError, TypeError):
+        fields = set(json.loads(file.read_text(encoding='utf-8')))
+    return Convolutional if 'filters' in fields else DifferentiableRAM if 'classes' in fields else DRAW
+
+def load_classifier(
+    name: str | Path, # A packaged name, the folder of a run or of weights, or owner/name on the Hugging Face Hub
+) -> nn.Module: # `DifferentiableRAM` or `Convolutional`, in evaluation mode
+    "A trained classifier; raises `ValueError` for weights of a DRAW network and for damaged ones"
+    network = network_class(name)
+    if network is DRAW: raise ValueError(f'{name} holds the weights of a DRAW network, which names no classes: load them with DRAW.from_pretrained')
+    return network.from_pretrained(name)
+
+# %% ../nbs/75_classifier.ipynb #73e1b04f
+def check_labelled(
+    data: Images, # A set that may have no labels
+) -> None:
+    "Raise `ValueError` for images without classes"
+    if not hasattr(data, 'batch_with_labels'):
+        raise ValueError(f'{data.name} says nothing of classes: a classifier needs a set with labels, such as cluttered_mnist')
+
+# %% ../nbs/75_classifier.ipynb #3c3e8c38
 @dataclass(frozen=True)
 class Classification:
     "How often a network is wrong on a named set"
@@ -159,7 +191,8 @@ def classification_error(
     rows: int = 500, # Images in one pass: bounds the memory
 ) -> Classification: # Raises `ValueError` where images and network do not fit
     "Classify a set; the same numbers again for the same arguments"
-    if min(limit or 1, glimpses or 1) < 1: raise ValueError('glimpses and limit must be at least 1')
+    check_labelled(data)
+    if min(1 if limit is None else limit, 1 if glimpses is None else glimpses) < 1: raise ValueError('glimpses and limit must be at least 1')
     count, device = min(limit or len(data), len(data)), next(model.parameters()).device
     wrong, losses = [], []
     for start in tqdm(range(0, count, rows), disable=None, leave=False, desc=f'{data.name} {data.split}'):
@@ -169,7 +202,7 @@ def classification_error(
     error = torch.cat(wrong).double().mean().item()
     return Classification(data.name, data.split, data.note, count, glimpses or model.config.glimpses, error, (error * (1 - error) / count)**0.5, torch.cat(losses).double().mean().item())
 
-# %% ../nbs/75_classifier.ipynb #a933920e
+# %% ../nbs/75_classifier.ipynb #cd3ed9a3
 class ClassifyTask(Task):
     "What a run of a classifier learns: the class after the last glimpse"
     score = 'error'
@@ -214,8 +247,22 @@ def train_classifier(
     options: TrainOptions = CLASSIFIER_OPTIONS, # Everything else
 ) -> nn.Module: # Averaged weights of the lowest validation error
     "Minimise the cross-entropy and keep the averaged weights that do best on validation images; raises `ValueError` for what cannot be run"
+    for data in (train_set, valid_set): check_labelled(data)
     return train(config, train_set, valid_set, out, options, ClassifyTask(DifferentiableRAM if isinstance(config, RAMConfig) else Convolutional))
 
-# %% ../nbs/75_classifier.ipynb #7a3ee8e3
+# %% ../nbs/75_classifier.ipynb #143cbb95
+@torch.no_grad()
+def glimpse_grid(
+    model: DifferentiableRAM, # Its windows are drawn
+    images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
+    zoom: int = 1, # Screen pixels to an image pixel
+) -> Image.Image: # RGB picture; raises `ValueError` for a network without windows
+    "A row for each image, a column for each glimpse, with the window in green (Fig 5)"
+    windows = model(images.to(next(model.parameters()).device)).windows
+    if windows is None: raise ValueError('the convolutional network sees the whole image at once: it has no glimpses to draw')
+    glimpses = draw_windows(images, windows, model.config.read_size, zoom, READ_COLOR) # Shape (glimpses, batch, 3, height, width)
+    return image_grid(glimpses.transpose(0, 1).flatten(0, 1), columns=len(glimpses), pad=4)
+
+# %% ../nbs/75_classifier.ipynb #0d68ca45
 TABLE_1 = {'Convolutional, 2 layers': 14.35, 'RAM, 4 glimpses, 12 x 12, 4 scales': 9.41, 'RAM, 8 glimpses, 12 x 12, 4 scales': 8.11,
            'Differentiable RAM, 4 glimpses, 12 x 12': 4.18, 'Differentiable RAM, 8 glimpses, 12 x 12': 3.36} # The paper's test errors, in per cent

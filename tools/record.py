@@ -1,49 +1,83 @@
 """Write down what came out of a finished run: results/NAME.json.
 
     python tools/record.py RUN NAME                 the run's own history and its validation curve
-    python tools/record.py RUN NAME --test 50       the same, and the test set: 5 seeds and 50 importance samples
+    python tools/record.py RUN NAME --test          the same, and the test set: the error of a classifier, or
+                                                    the bound of a DRAW network with 5 seeds and 50 importance samples
 
+Values of a DRAW network are in nats per image, errors of a classifier are shares between 0 and 1.
 The test set is for weights that were chosen on validation images, and is used once."""
 import argparse, json, os, platform
 from dataclasses import asdict
 from pathlib import Path
 import torch
-from draw_nbdev.data import load
+from draw_nbdev.classifier import CLASSIFIER_OPTIONS, CLASSIFIERS, classification_error, load_classifier
+from draw_nbdev.data_sets import MAKERS, find
 from draw_nbdev.evaluation import evaluate
-from draw_nbdev.model import DRAW
-from draw_nbdev.training import read_metrics
+from draw_nbdev.model import DRAW, PRESETS
+from draw_nbdev.training import TrainOptions, read_metrics
 
-def hardware() -> str: # Processor, cores and threads
-    "What this machine computes with"
+def hardware() -> str: # Processor and cores
+    "What this machine computes with; how many threads and processes a run had shows in its CPU time"
     file = Path('/proc/cpuinfo')
     names = [line.split(':')[1].strip() for line in file.read_text().splitlines() if line.startswith('model name')] if file.is_file() else []
-    return f'{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads'
+    return f'{names[0] if names else platform.processor()}, {os.cpu_count()} cores'
+
+def command(
+    history: dict, # As training.json holds it
+    name: str, # What the result is called
+) -> str: # One line
+    "What makes the same run again"
+    config, options = history['config'], history['options']
+    classifier = name.startswith('cluttered')
+    networks, usual = (CLASSIFIERS, CLASSIFIER_OPTIONS) if classifier else (PRESETS, TrainOptions())
+    network = max((n for n in networks if name.startswith(n)), key=len)
+    stages = ','.join(f'{glimpses}:{epochs}' for glimpses, epochs in options['growth'])
+    given = {}
+    if stages: given['glimpses'] = f'{stages},{config["glimpses"]}:{options["epochs"] - sum(epochs for _, epochs in options["growth"])}'
+    else: given['epochs'] = options['epochs']
+    standard = asdict(networks[network])
+    given |= {key: value for key, value in config.items() if value != standard[key] and key not in given}
+    given |= {key: value for key, value in options.items() if value != asdict(usual)[key] and key not in ('epochs', 'growth', 'log_every', 'save_every')}
+    images = [] if classifier or history['data']['name'] in MAKERS else ['--images', history['data']['name'] + '.zip']
+    flags = [word for key, value in given.items() for word in (f'--{key.replace("_", "-")}', f'{value:g}' if isinstance(value, float) else str(value))]
+    return ' '.join(['draw', 'classify' if classifier else 'train', network, *images, *flags])
 
 def record(
     run: Path, # Folder of the run
     name: str, # What the result is called
-    samples: int | None, # Importance samples for the test set, or None to leave it alone
+    samples: int | None, # Importance samples for the test set, which a classifier has no use for, or None to leave the test set alone
 ) -> dict: # The outcome
-    "History, validation curve and test bounds of a run"
+    "History, validation curve and, if asked for, test values of a run"
     history = json.loads((run / 'best/training.json').read_text(encoding='utf-8'))
+    score, others = ('error', ('cross_entropy',)) if 'valid_error' in history else ('bound', ('reconstruction', 'latent'))
     rows = [row for row in read_metrics(run) if row['split'] == 'valid']
-    chosen = next(row for row in rows if row['bound'] == history['valid_bound'])
-    result = {'name': name, 'data': history['data']['name'], 'data_note': history['data']['note'], 'checksums': {k: history['data'][k] for k in ('train', 'valid')},
-              'seed': history['options']['seed'], 'epochs': history['epochs'], 'cpu_hours': history['cpu_seconds'] / 3600, 'hours': history['seconds'] / 3600,
-              'valid_bound': history['valid_bound'], 'valid_bound_se': chosen['bound_se'], 'valid_reconstruction': chosen['reconstruction'], 'valid_latent': chosen['latent'],
-              'kl_per_step': chosen['kl_per_step'], 'config': history['config'], 'options': history['options'], 'version': history['version'],
+    chosen = next(row for row in rows if row['epoch'] + 1 == history['epochs'])
+    result = {'name': name, 'data': history['data']['name'], 'data_note': history['data']['note'],
+              'checksums': {k: history['data'][k] for k in ('train', 'valid')},
+              'seed': history['options']['seed'], 'epochs': history['epochs'],
+              'cpu_hours': history['cpu_seconds'] / 3600, 'hours': history['seconds'] / 3600,
+              **{f'valid_{key}': chosen[key] for key in (score, f'{score}_se', *others)},
+              **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
+              'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
               'software': f'Python {platform.python_version()}, torch {torch.__version__}', 'hardware': hardware(),
-              'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', 'bound', 'reconstruction', 'latent', 'seconds')} for row in rows]}
-    if samples:
-        test = evaluate(DRAW.from_pretrained(run), load(history['data']['name'], 'test'), seeds=5, samples=samples)
-        result.update(test_bound=test.bound, test_bound_se=test.bound_se, test_bound_spread=test.bound_spread, iw_bound=test.iw_bound, iw_bound_se=test.iw_bound_se, iw_k=samples, test=asdict(test))
+              'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
+    if samples is None: return result
+    test_set = find(history['data']['name'], 'test')
+    if score == 'error':
+        test = classification_error(load_classifier(run), test_set)
+        result.update(test_error=test.error, test_error_se=test.error_se, test_images=test.images, test=asdict(test))
+    else:
+        test = evaluate(DRAW.from_pretrained(run), test_set, seeds=5, samples=samples)
+        result.update(test_bound=test.bound, test_bound_se=test.bound_se, test_bound_spread=test.bound_spread,
+                      iw_bound=test.iw_bound, iw_bound_se=test.iw_bound_se, iw_k=samples, test=asdict(test))
     return result
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('run', type=Path)
     parser.add_argument('name')
-    parser.add_argument('--test', type=int, metavar='K', help='use the test set, with K importance samples')
+    parser.add_argument('--test', type=int, nargs='?', const=50, metavar='K',
+                        help='use the test set; for a DRAW network with K importance samples, 50 if not given')
     arguments = parser.parse_args()
     out = Path('results') / f'{arguments.name}.json'
     partial = out.with_suffix('.tmp')

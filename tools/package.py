@@ -1,0 +1,60 @@
+"""Put the weights of a run into the package: draw_nbdev/pretrained/NAME.
+
+    python tools/package.py RUN NAME       NAME as in draw_nbdev.reproduce.EXPERIMENTS: mnist, cluttered_8, svhn_sample, ...
+
+Weights are stored in half precision where that moves the value on validation images by less than the limits below, else as they are.
+The curve of the run goes along, thinned."""
+import argparse, json
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from draw_nbdev.classifier import classification_error, load_classifier
+from draw_nbdev.data_sets import find
+from draw_nbdev.evaluation import evaluate
+from draw_nbdev.model import DRAW, PRETRAINED, DRAWConfig
+from draw_nbdev.reproduce import EXPERIMENTS
+from draw_nbdev.training import read_metrics, save_weights
+
+LIMITS = {'bound': 0.02, 'error': 0.0005} # What half precision may cost, in nats per image and as a share of images
+POINTS = 200 # Rows of training metrics that are kept
+
+def score(model, data, kind):
+    "The value on validation images that weights are chosen by"
+    return (evaluate(model, data).bound if kind == 'bound' else classification_error(model, data).error)
+
+def thinned(rows: list[dict]) -> list[dict]: # At most about `POINTS` of training and all of validation, in order
+    "Means of as many training rows as it takes"
+    train, valid = ([row for row in rows if row['split'] == split] for split in ('train', 'valid'))
+    size = -(-len(train) // POINTS)
+    groups = [train[i:i + size] for i in range(0, len(train), size)]
+    means = [{**group[-1], **{key: sum(row[key] for row in group) / len(group) for key, value in group[-1].items() if isinstance(value, float)}} for group in groups]
+    short = lambda value: float(f'{value:.6g}') if isinstance(value, float) else value
+    return [{key: short(value) for key, value in row.items() if key != 'kl_per_step'} for row in sorted(means + valid, key=lambda row: row['step'])]
+
+def package(
+    run: Path, # Folder of a run
+    name: str, # Of the packaged weights
+):
+    "Copy, halve where that does no harm, and say what it cost"
+    experiment = next(e for e in EXPERIMENTS.values() if name == (e.weights or e.name))
+    kind, load = ('bound', DRAW.from_pretrained) if isinstance(experiment.full.config, DRAWConfig) else ('error', load_classifier)
+    model, valid, out = load(run), find(experiment.data, 'valid'), PRETRAINED / name
+    history = json.loads((run / 'best/training.json').read_text(encoding='utf-8'))
+    out.parent.mkdir(exist_ok=True)
+    before = score(model, valid, kind)
+    save_weights(model, out, history)
+    whole, file = load_file(out / 'model.safetensors'), out / 'model.safetensors'
+    save_file({key: value.half() for key, value in whole.items()}, file)
+    moved = abs(score(load(out), valid, kind) - before)
+    if moved >= LIMITS[kind]: save_file(whole, file)
+    file.chmod((out / 'config.json').stat().st_mode)
+    history['half_precision'] = {'used': moved < LIMITS[kind], 'moves_valid_by': moved}
+    (out / 'training.json').write_text(json.dumps(history, indent=2), encoding='utf-8')
+    (out / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in thinned(read_metrics(run))), encoding='utf-8')
+    print(f'{out.relative_to(Path.cwd())}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB, valid {before:.4f}, half precision moves it by {moved:.4f}')
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('run', type=Path)
+    parser.add_argument('name', choices=[e.weights or e.name for e in EXPERIMENTS.values()])
+    arguments = parser.parse_args()
+    package(arguments.run, arguments.name)

@@ -6,7 +6,7 @@
 __all__ = ['WRITE_COLOR', 'READ_COLOR', 'image_grid', 'save', 'draw_windows', 'sequence_grid', 'can_write_mp4', 'animation',
            'samples_with_neighbours', 'learning_curves', 'kl_per_step']
 
-# %% ../nbs/80_plots.ipynb #319ee427
+# %% ../nbs/80_plots.ipynb #70952eeb
 import contextlib, math, os, subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
-# %% ../nbs/80_plots.ipynb #fd7100e3
+# %% ../nbs/80_plots.ipynb #4b3c890f
 _FIELDS = 'center_x', 'center_y', 'stride', 'variance'
 WRITE_COLOR, READ_COLOR = '#e8291c', '#00b050' # The paper's: red where the network writes, green where it reads
 
@@ -54,7 +54,7 @@ def image_grid(
     if len(images) > 1: grid = grid[:, pad:grid.shape[1] - pad, pad:grid.shape[2] - pad] # a single image gets no margin from make_grid
     return Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
 
-# %% ../nbs/80_plots.ipynb #4d1cc6d9
+# %% ../nbs/80_plots.ipynb #4ce3203a
 @contextlib.contextmanager
 def _whole(
     path: Path, # Where the file belongs
@@ -82,7 +82,7 @@ def save(
         else: picture.save(temporary, format=known[path.suffix.lower()], **options)
     return path
 
-# %% ../nbs/80_plots.ipynb #ffddbaad
+# %% ../nbs/80_plots.ipynb #402eabdd
 def draw_windows(
     images: Tensor, # Images in [0, 1], shape (..., channels, height, width), 1 or 3 channels
     windows, # Windows in pixels: `center_x`, `center_y`, `stride`, `variance` of a shape that broadcasts with the images' leading axes
@@ -112,7 +112,7 @@ def draw_windows(
     ink = torch.tensor(ImageColor.getrgb(color)[:3]).view(3, 1, 1) / 255
     return torch.where((outer & ~inner).unsqueeze(-3), ink, _enlarge(images, zoom))
 
-# %% ../nbs/80_plots.ipynb #924b5e36
+# %% ../nbs/80_plots.ipynb #e70c5d7a
 def _at_times(
     canvases: Tensor, # Logits from the initial canvas on, shape (glimpses + 1, batch, channels, height, width)
     windows, # Windows of each write, fields of shape (glimpses, batch), in pixels, or None
@@ -149,11 +149,12 @@ def sequence_grid(
     images = _at_times(canvases, windows, size, times, zoom, color)
     return image_grid(images.transpose(0, 1).flatten(0, 1), columns=len(times), pad=pad)
 
-# %% ../nbs/80_plots.ipynb #7e289066
-def can_write_mp4() -> bool: # Is there an ffmpeg?
+# %% ../nbs/80_plots.ipynb #65f0f5dc
+def can_write_mp4() -> bool: # Is there an ffmpeg, and does it know H.264?
     "Can `animation` write an MP4 here?"
     from matplotlib.animation import FFMpegWriter
-    return FFMpegWriter.isAvailable()
+    if not FFMpegWriter.isAvailable(): return False
+    return 'libx264' in subprocess.run([FFMpegWriter.bin_path(), '-hide_banner', '-encoders'], capture_output=True, text=True).stdout
 
 def _write_gif(
     frames: list[Image.Image], # RGB pictures of one size
@@ -185,7 +186,7 @@ def _write_mp4(
     width, height = frames[0].size
     width, height = width + width % 2, height + height % 2
     figure = Figure((width, height), dpi=1) # an inch is a pixel
-    writer = FFMpegWriter(fps=1000 / duration, codec='h264', extra_args=['-f', 'mp4', '-movflags', '+faststart'])
+    writer = FFMpegWriter(fps=1000 / duration, codec='libx264', extra_args=['-f', 'mp4', '-movflags', '+faststart'])
     try:
         with _whole(path) as temporary, writer.saving(figure, str(temporary), dpi=1):
             for frame in frames + frames[-1:] * (round(hold / duration) - 1):
@@ -213,7 +214,7 @@ def animation(
     path, glimpses = Path(path), len(canvases) - 1
     ending = path.suffix.lower()
     if ending not in ('.gif', '.mp4'): raise ValueError(f'an animation is a GIF or an MP4: end "{path.name}" in .gif or .mp4')
-    if ending == '.mp4' and not can_write_mp4(): raise ValueError(f'no ffmpeg to write "{path.name}": install ffmpeg or end the name in .gif')
+    if ending == '.mp4' and not can_write_mp4(): raise ValueError(f'no ffmpeg with libx264 to write "{path.name}": install ffmpeg or end the name in .gif')
     if every < 1: raise ValueError(f'every must be 1 or more, not {every}')
     if duration <= 0: raise ValueError(f'duration must be more than 0 milliseconds, not {duration}')
 
@@ -225,7 +226,7 @@ def animation(
     else: _write_gif(frames, path, duration, hold, [color, 'white'], 30 if canvases.shape[2] == 1 else 126, plain)
     return path
 
-# %% ../nbs/80_plots.ipynb #a6df976f
+# %% ../nbs/80_plots.ipynb #ad832344
 def samples_with_neighbours(
     samples: Tensor, # Generated images in [0, 1], shape (rows * columns, channels, height, width)
     neighbours: Tensor, # Training image nearest to the last sample of each row, in [0, 1], shape (rows, channels, height, width)
@@ -243,7 +244,7 @@ def samples_with_neighbours(
     picture.paste(right, (picture.width - right.width, 0))
     return picture
 
-# %% ../nbs/80_plots.ipynb #715e5504
+# %% ../nbs/80_plots.ipynb #0bcc456e
 _INK = {'train': '#7a8794', 'valid': '#0072b2', 'reconstruction': '#d55e00', 'latent': '#009e73'} # Okabe and Ito's colours, and a grey
 _AXES = {'step': 'gradient steps', 'epoch': 'epochs', 'images': 'training images seen'}
 

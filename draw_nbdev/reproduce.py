@@ -8,7 +8,7 @@ __all__ = ['TINY', 'SHORT', 'QUICK', 'LONG', 'EXPERIMENTS', 'TABLE_2', 'TABLE_3'
            'table_1', 'table_2', 'table_3', 'provenance', 'pictures', 'draw_figures', 'draw_diagrams', 'write_text',
            'reproduce']
 
-# %% ../nbs/90_reproduce.ipynb #f3c1b43a
+# %% ../nbs/90_reproduce.ipynb #e7783ac7
 import html, json, re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +27,7 @@ from .evaluation import Evaluation, evaluate, nearest_images
 from .model import DRAW, DRAWConfig, Drawing, PRESETS, PRETRAINED, preset
 from .training import TrainOptions, check_folder, read_metrics, train
 
-# %% ../nbs/90_reproduce.ipynb #c0218e46
+# %% ../nbs/90_reproduce.ipynb #fcc96a31
 class Scale(NamedTuple):
     "How large an experiment is run"
     config: DRAWConfig | RAMConfig | ConvolutionalConfig # The network
@@ -67,16 +67,16 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment('cifar10', 'cifar10', Scale(preset('cifar10', **TINY), SHORT), Scale(preset('cifar10'), LONG), samples=12, weights='cifar10_jpeg'),
 )}
 
-# %% ../nbs/90_reproduce.ipynb #af9f99d8
+# %% ../nbs/90_reproduce.ipynb #95d431d4
 TABLE_2 = { # Negative log-likelihood of the binarised MNIST test set in nats per image, as the paper prints it
     'DBM 2hl': '≈ 84.62', 'DBN 2hl': '≈ 84.55', 'NADE': '88.33', 'EoNADE 2hl (128 orderings)': '85.10', 'EoNADE-5 2hl (128 orderings)': '84.68',
     'DLGM': '≈ 86.60', 'DLGM 8 leapfrog steps': '≈ 85.51 (≤ 88.30)', 'DARN 1hl': '≈ 84.13 (≤ 88.30)', 'DARN 12hl': '≤ 87.72',
     'DRAW without attention': '≤ 87.40', 'DRAW': '≤ 80.97',
 }
 TABLE_3 = {'100 x 100 MNIST classification': 'cluttered_8', 'MNIST': 'mnist', 'SVHN': 'svhn', 'CIFAR-10': 'cifar10'} # The paper's row -> the experiment
-SYMBOLS = {'glimpses': 'T', 'hidden_size': 'h', 'latent_size': 'z', 'read_size': 'read N', 'write_size': 'write N'}
+SYMBOLS = {'glimpses': 'T', 'hidden_size': 'h', 'latent_size': 'z', 'read_size': 'read', 'write_size': 'write'}
 
-# %% ../nbs/90_reproduce.ipynb #3957bcaa
+# %% ../nbs/90_reproduce.ipynb #3cf7d758
 class Model(NamedTuple):
     "Weights and where they come from"
     network: nn.Module # `DRAW`, `DifferentiableRAM` or `Convolutional`
@@ -109,7 +109,7 @@ def obtain(
     history = json.loads((folder / 'training.json').read_text(encoding='utf-8'))
     return Model(open_model(folder), {**history, 'origin': origin}, read_metrics(out if folder.name == 'best' else folder))
 
-# %% ../nbs/90_reproduce.ipynb #a84cc445
+# %% ../nbs/90_reproduce.ipynb #11afa89e
 Outcome = Evaluation | Classification
 
 def _beside_paper(paper: dict[str, str], results: dict[str, tuple[Outcome, dict]], cell: Callable[[Outcome], str]):
@@ -138,7 +138,7 @@ def table_2(
 
 def _sizes(config: dict) -> str:
     "The sizes of Table 3 in one line"
-    return ', '.join(f'{symbol} = {config[field]}' for field, symbol in SYMBOLS.items() if field in config)
+    return ', '.join(f'{symbol} {config[field]}' for field, symbol in SYMBOLS.items() if field in config)
 
 def table_3(
     histories: dict[str, dict], # Experiment -> the history of its weights
@@ -173,7 +173,7 @@ def provenance(
             'version': history['version']}
     return pd.DataFrame({name: row(*values) for name, values in results.items()})
 
-# %% ../nbs/90_reproduce.ipynb #bbfad0ca
+# %% ../nbs/90_reproduce.ipynb #48107bab
 COLUMNS = 10
 
 def pictures(
@@ -233,7 +233,7 @@ def draw_diagrams(
             'figure_3.png': 'Figure 3. The grid of filters on an image; three windows on one digit, and what they read.',
             'figure_4.png': 'Figure 4. A photograph, a patch of 12 x 12, the patch put back, and the first and the last filter.'}
 
-# %% ../nbs/90_reproduce.ipynb #5ee093cb
+# %% ../nbs/90_reproduce.ipynb #fdd9bc49
 def write_text(
     file: Path, # Replaced in one move
     text: str, # What it shall hold
@@ -260,7 +260,7 @@ Generation</a>, 2015. Made by draw_nbdev {version}, scale: {scale}.</p>
 <h2>Table 2: binarised MNIST</h2>
 <p>Nats per image, test set. ≤ marks an upper bound; ± is the standard error over images.</p><div class="wide">{table_2}</div>
 <h2>Table 3: sizes of the networks</h2>
-<p>T glimpses, LSTMs of h units, latents of z numbers, windows of N x N filters.</p><div class="wide">{table_3}</div>
+<p>Glimpses T, units h of each LSTM, numbers z of each latent, and the side of the read and the write window in filters.</p><div class="wide">{table_3}</div>
 <h2>Figures</h2>
 {figures}
 <h2>Where the numbers come from</h2>
@@ -274,7 +274,7 @@ OFFICIAL = {'mnist': 'mnist_fixed'} # Name of the paper's own data, where it dif
 OTHER_DATA = '<p><strong>Numbers on {name} are not on the paper’s data</strong> ({note}). They cannot be compared with the paper’s. <code>draw data</code> says which file to put where.</p>'
 MISSING = '<p><strong>Not covered: {name}</strong>, {part}. {reason}</p>'
 
-# %% ../nbs/90_reproduce.ipynb #69ac903a
+# %% ../nbs/90_reproduce.ipynb #03973e82
 def reproduce(
     out: str | Path, # Folder for everything; one that was made before goes on
     scale: str = 'smoke', # 'smoke': minutes; 'paper': Table 3 in full

@@ -8,13 +8,13 @@ __all__ = ['app', 'PRESET', 'MODEL', 'SEED', 'DATA', 'IMAGES', 'SIZE', 'GLIMPSES
            'parse_glimpses', 'plan', 'run', 'train_command', 'say_error', 'say_data', 'classify_command', 'say_bound',
            'evaluate_command', 'generate_command', 'reproduce_command', 'benchmark_command', 'data_command', 'main']
 
-# %% ../nbs/85_cli.ipynb #c3c5f952
+# %% ../nbs/85_cli.ipynb #46ae575f
 import json, os, sys
 from pathlib import Path
 from typing import Annotated
 import typer
 
-# %% ../nbs/85_cli.ipynb #b8737219
+# %% ../nbs/85_cli.ipynb #a40baf89
 app = typer.Typer(help='DRAW, a recurrent neural network that generates images in steps: train it, evaluate it, watch it draw.',
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -59,7 +59,7 @@ def write_json(path, values):
     partial.write_text(json.dumps(values, indent=2), encoding='utf-8')
     partial.replace(path)
 
-# %% ../nbs/85_cli.ipynb #b3d71cb8
+# %% ../nbs/85_cli.ipynb #00d878ff
 def parse_glimpses(
     text: str, # '64', or stages '16:10,32:10,64:80' as glimpses:epochs
     epochs: int | None, # Given beside it, or None
@@ -136,7 +136,7 @@ def train_command(
         return f'{row["bound"]:.2f} nats on {valid_set.name} valid ({parts})'
     run(train, config, options, train_set, valid_set, out, describe)
 
-# %% ../nbs/85_cli.ipynb #4ab0ff71
+# %% ../nbs/85_cli.ipynb #fa27f5b3
 def say_error(result):
     "A classifier's error, in per cent"
     typer.echo(f'error           {100 * result.error:8.2f} ± {100 * result.error_se:.2f} % (standard error over images)')
@@ -182,13 +182,15 @@ def classify_command(
     if isinstance(network, DifferentiableRAM):
         typer.echo(plots.save(glimpse_grid(network, chosen.batch(torch.arange(6), torch.Generator().manual_seed(0))), out / 'glimpses.png'))
 
-# %% ../nbs/85_cli.ipynb #aef6d151
+# %% ../nbs/85_cli.ipynb #5ed496d2
 def say_bound(result):
     "A DRAW network's bound, in nats"
+    def nats(value, error): return f'{value:8.2f}{f" ± {error:.2f}" if result.images > 1 else ""} nats'
     spread = '' if result.bound_spread is None else f', spread over {result.seeds} seeds {result.bound_spread:.3f}'
-    typer.echo(f'bound           {result.bound:8.2f} ± {result.bound_se:.2f} nats (standard error over images{spread})')
+    error = 'standard error over images' if result.images > 1 else 'one image, no standard error'
+    typer.echo(f'bound           {nats(result.bound, result.bound_se)} ({error}{spread})')
     typer.echo(f'reconstruction  {result.reconstruction:8.2f} nats\nKL              {result.latent:8.2f} nats')
-    if result.iw_samples: typer.echo(f'k = {result.iw_samples:<11} {result.iw_bound:8.2f} ± {result.iw_bound_se:.2f} nats (importance-weighted bound)')
+    if result.iw_samples: typer.echo(f'k = {result.iw_samples:<11} {nats(result.iw_bound, result.iw_bound_se)} (importance-weighted bound)')
 
 @app.command('evaluate')
 def evaluate_command(
@@ -228,7 +230,7 @@ def evaluate_command(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
 
-# %% ../nbs/85_cli.ipynb #3ca0b61b
+# %% ../nbs/85_cli.ipynb #76f0e9e4
 @app.command('generate')
 def generate_command(
     model: MODEL,
@@ -260,7 +262,7 @@ def generate_command(
     for film in films: plots.animation(more.canvases, out / film, more.windows, size)
     for name in ('samples.png', 'sequence.png', *films): typer.echo(out / name)
 
-# %% ../nbs/85_cli.ipynb #d7162c7c
+# %% ../nbs/85_cli.ipynb #1a47863a
 @app.command('reproduce')
 def reproduce_command(
     scale: Annotated[str, typer.Option(help='smoke: minutes, from packaged weights or small networks; paper: Table 3 in full, days on a CPU.')] = 'smoke',
@@ -271,7 +273,7 @@ def reproduce_command(
     from draw_nbdev.reproduce import reproduce
     typer.echo(reproduce(out, scale, seed, say=lambda line: typer.echo(line, err=True)))
 
-# %% ../nbs/85_cli.ipynb #7d98615e
+# %% ../nbs/85_cli.ipynb #659e4132
 @app.command('benchmark')
 def benchmark_command(
     preset: Annotated[list[str] | None, typer.Option(help='Sizes to measure; may be given several times. [default: mnist]', show_default=False)] = None,
@@ -291,7 +293,7 @@ def benchmark_command(
     typer.echo(pd.DataFrame(rows).round({'images_per_s': 1, 'floor_share': 2, 'peak_mb': 0}).to_string(index=False))
     if json_file: write_json(json_file, rows)
 
-# %% ../nbs/85_cli.ipynb #9c000a20
+# %% ../nbs/85_cli.ipynb #7652676f
 @app.command('data')
 def data_command():
     "List the data sets: where they are, or what to put where."
@@ -300,7 +302,7 @@ def data_command():
     typer.echo(f'Data folder: {data_root()} (set DRAW_DATA to choose another)')
     for row in data_sets(): typer.echo(f'\n{row.name}: {row.images}\n  {row.state}\n  {row.size}; licence: {row.licence}')
 
-# %% ../nbs/85_cli.ipynb #687ec709
+# %% ../nbs/85_cli.ipynb #bb60a09b
 def main():
     "The command `draw`"
     try: sys.exit(app(standalone_mode=False))

@@ -7,9 +7,9 @@ __all__ = ['sigmoid_backward', 'tanh_backward', 'softmax_backward', 'layer_norm_
            'Sizes', 'sizes', 'rows_first', 'fold_read', 'fold_write', 'Weights', 'fold', 'Workspace', 'lstm_views',
            'window_views', 'Lease', 'lstm', 'lstm_backward', 'Grid', 'look', 'look_backward', 'read', 'read_backward',
            'write', 'write_backward', 'forward_rows', 'backward_rows', 'work_alone', 'workers', 'worker_count',
-           'in_parallel', 'doubled', 'Scan', 'fused_scan', 'fits']
+           'in_parallel', 'doubled', 'Scan', 'autocast_dtype', 'fused_scan', 'fits']
 
-# %% ../nbs/65_scan.ipynb #71c93b08
+# %% ../nbs/65_scan.ipynb #e123be3d
 import os, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -21,26 +21,31 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/65_scan.ipynb #06326d62
+# %% ../nbs/65_scan.ipynb #e03a862a
 def fast_linear(
     like: Tensor, # Of the dtype and on the device in question
 ) -> bool:
     "Whether oneDNN multiplies such tensors"
-    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-    return available and like.dtype == torch.float32 and like.device.type == 'cpu'
+    if like.device.type != 'cpu' or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_linear_pointwise'): return False
+    return like.dtype == torch.float32 or like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 class Product:
     "v -> v W^T + b, for one W and many v"
     def __init__(self,
-        weight: Tensor, # W, shape (outputs, inputs)
-        bias: Tensor | None = None, # b, shape (outputs,)
+        weight: Tensor, # W, shape (outputs, inputs), of the dtype to multiply in
+        bias: Tensor | None = None, # b, shape (outputs,), of the same dtype
     ):
-        self.fast, self.bias = fast_linear(weight), bias
+        self.fast, self.bias, self.dtype = fast_linear(weight), bias, weight.dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.fast else weight.t().contiguous()
 
     def __call__(self,
         v: Tensor, # Shape (batch, inputs)
-    ) -> Tensor: # Shape (batch, outputs)
+    ) -> Tensor: # Shape (batch, outputs), of the dtype of v
+        return self.multiply(v.to(self.dtype)).to(v.dtype)
+
+    def multiply(self,
+        v: Tensor, # Shape (batch, inputs), of the dtype of the weight
+    ) -> Tensor: # Shape (batch, outputs), of the same dtype
         if self.fast: return torch.ops.mkldnn._linear_pointwise(v, self.weight, self.bias, 'none', [], '')
         return torch.mm(v, self.weight) if self.bias is None else torch.addmm(self.bias, v, self.weight)
 
@@ -52,7 +57,7 @@ def outer(
     if fast_linear(left): return torch.ops.mkldnn._linear_pointwise(left.t(), right.contiguous().t(), None, 'none', [], '')
     return left.t() @ right
 
-# %% ../nbs/65_scan.ipynb #ce9af19b
+# %% ../nbs/65_scan.ipynb #f7419842
 class Sizes(NamedTuple):
     "What shapes the buffers of a pass"
     height: int # The paper's B, in pixels
@@ -150,7 +155,7 @@ def fold(
     return Weights(model.initial_canvas.transpose(0, 1).flatten(1), model.initial_encoder, model.initial_decoder,
                    enc_weight, enc.gates.bias, dec.gates.weight, dec.gates.bias, model.posterior.weight, model.posterior.bias, *out, image_weight, *norms)
 
-# %% ../nbs/65_scan.ipynb #0d4c67f0
+# %% ../nbs/65_scan.ipynb #322486dc
 class Workspace:
     "The buffers of a pass over some images, and views of them for every step"
     def __init__(self,
@@ -222,7 +227,7 @@ def window_views(
     v.read_wide, v.write_wide = (half.view(len(half), -1, s.width) for half in (v.read_half, v.write_half))
     v.w_flat = v.w.flatten(1)
 
-# %% ../nbs/65_scan.ipynb #f5c8e3ab
+# %% ../nbs/65_scan.ipynb #71431fcd
 class Lease:
     "Workspaces for one pass, one for each worker; they go back when the lease dies"
     free = deque(maxlen=3) # (key, workspaces); appending drops the oldest
@@ -250,7 +255,7 @@ class Lease:
     def __del__(self):
         if hasattr(self, 'owned'): self.free.append(self.owned)
 
-# %% ../nbs/65_scan.ipynb #9a4b0a48
+# %% ../nbs/65_scan.ipynb #083e702e
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
 softmax_backward, layer_norm_backward = torch.ops.aten._softmax_backward_data.out, torch.ops.aten.native_layer_norm_backward.default
 
@@ -295,7 +300,7 @@ def lstm_backward(
     tanh_backward(tmp, now.g, grad_input=d.g)
     d_cell.mul_(now.f)
 
-# %% ../nbs/65_scan.ipynb #56af96a5
+# %% ../nbs/65_scan.ipynb #efc4dec3
 class Grid:
     "Constants of the windows: the linear map from u to every filter's mu and -k, and the pixels"
     def __init__(self,
@@ -342,7 +347,7 @@ def look_backward(
     torch.mm(w.d_rows, w.grid.from_rows, out=d.u8)
     d.k_delta.mul_(v.k_delta)
 
-# %% ../nbs/65_scan.ipynb #1fa54050
+# %% ../nbs/65_scan.ipynb #24366ff0
 def read(
     v: SimpleNamespace, # Views of step t - 1: `sigma`, `read_half` and `features` are written
     w: Workspace, # With c_{t-1} in `canvas`
@@ -374,7 +379,7 @@ def read_backward(
     if d_x is not None: d_x.baddbmm_(v.read_y.mT, half_x)
     return d_read_y, d_read_x, d_gamma
 
-# %% ../nbs/65_scan.ipynb #a3598d61
+# %% ../nbs/65_scan.ipynb #db586be5
 def write(
     out: Tensor, # Affine output of h_dec_t, shape (batch, outputs)
     v: SimpleNamespace, # Views of step t: `w` and `write_half` are written
@@ -397,7 +402,7 @@ def write_backward(
     torch.sum(d_w.mul_(v.w_flat), 1, out=d.inverse_gamma)
     return torch.bmm(v.write_half, d_canvas.mT), torch.bmm(v.w.mT, d_half)
 
-# %% ../nbs/65_scan.ipynb #a8f575c2
+# %% ../nbs/65_scan.ipynb #539b91d4
 def forward_rows(
     s: Sizes, # Of the network
     p: Weights, # Folded
@@ -442,6 +447,7 @@ def backward_rows(
     d_posterior: Tensor, # Shape (glimpses, batch, 2 * latent)
     d_latents: Tensor, # Shape (glimpses, batch, latent)
     image_gradient: bool, # Whether that of x is wanted
+    dtype: torch.dtype, # To multiply weights' gradients in; they are summed in the weights' own
 ) -> tuple[Weights, Tensor | None]: # Gradients of the weights, and of x
     "Backward through all steps for some images of the batch"
     encode, decode, infer, make = products
@@ -481,7 +487,7 @@ def backward_rows(
                                                 (d_p.post_weight, d_p.post_bias, w.d_post, w.enc_in[later, :, n + h:]),
                                                 (d_p.out_weight, d_p.out_bias, w.d_out, w.dec_in[later, :, z:])):
                 delta = delta[:e - t].flatten(0, 1)
-                weight.add_(outer(delta, inputs.flatten(0, 1))); bias.add_(delta.sum(0))
+                weight.add_(outer(delta.to(dtype), inputs.flatten(0, 1).to(dtype))); bias.add_(delta.sum(0))
             if not s.read: d_gates_of_x.add_(w.d_enc[:e - t].sum(0))
     v = w.slots[0]
     if s.read: # the first read window was made of the first h_dec, with nothing written
@@ -498,7 +504,7 @@ def backward_rows(
         state.add_(torch.stack([d_h.sum(0), d_cell.sum(0)]))
     return d_p, d_x
 
-# %% ../nbs/65_scan.ipynb #0d519e41
+# %% ../nbs/65_scan.ipynb #6400e9df
 def work_alone():
     "A worker computes with one thread, and takes denormal numbers for zero"
     torch.set_num_threads(1); torch.set_flush_denormal(True)
@@ -532,7 +538,7 @@ def in_parallel(
         with torch.no_grad(): return function(*job)
     return list(workers(count).map(run, jobs)) if count else [run(job) for job in jobs]
 
-# %% ../nbs/65_scan.ipynb #76c5507a
+# %% ../nbs/65_scan.ipynb #a99cc033
 def doubled(
     v: Tensor, # Weight or bias of gates, shape (4 * hidden, ...)
 ) -> Tensor: # The same shape
@@ -543,12 +549,13 @@ def doubled(
 class Scan(torch.autograd.Function):
     "All steps of the recurrence as one operation"
     @staticmethod
-    def forward(ctx, s, keep, x, noise, *weights):
-        "`keep`: whether a backward pass may follow; the others as in `forward_rows`"
+    def forward(ctx, s, keep, dtype, x, noise, *weights):
+        "`keep`: whether a backward pass may follow; `dtype`: of the large products; the others as in `forward_rows`"
         p, T, count = Weights(*weights), len(noise), worker_count(x)
-        jobs = [(doubled(p.enc_weight), doubled(p.enc_bias)), (doubled(p.dec_weight), doubled(p.dec_bias)),
-                (p.post_weight, p.post_bias), (p.out_weight, p.out_bias)]
-        if not s.read: jobs = [jobs[0][:1], *jobs[1:], (doubled(p.image_weight), jobs[0][1])]
+        out_dtype = x.dtype if s.read else dtype
+        jobs = [[doubled(p.enc_weight).to(dtype), doubled(p.enc_bias).to(dtype)], [doubled(p.dec_weight).to(dtype), doubled(p.dec_bias).to(dtype)],
+                [p.post_weight, p.post_bias], [p.out_weight.to(out_dtype), p.out_bias.to(out_dtype)]]
+        if not s.read: jobs.append([doubled(p.image_weight).to(dtype), jobs[0].pop()])
         products = in_parallel(Product, jobs, count) + [None] * (5 - len(jobs))
         canvas, posterior, latents = torch.empty_like(x), x.new_empty(T, len(x), 2 * s.latent), x.new_empty(T, len(x), s.latent)
         bounds = [len(x) * i // max(count, 1) for i in range(max(count, 1) + 1)]
@@ -560,7 +567,7 @@ class Scan(torch.autograd.Function):
             token = x.new_empty(0)
             token.lease = lease
             ctx.save_for_backward(token, *weights)
-            ctx.s, ctx.shares, ctx.count = s, shares, count
+            ctx.s, ctx.shares, ctx.count, ctx.dtype, ctx.out_dtype = s, shares, count, dtype, out_dtype
         return canvas, posterior, latents
 
     @staticmethod
@@ -570,15 +577,22 @@ class Scan(torch.autograd.Function):
         token, *weights = ctx.saved_tensors
         if not hasattr(token, 'lease'):
             raise ValueError("the fused scan keeps its own buffers and cannot be checkpointed or offloaded: use scan='reference'")
-        p, image_gradient = Weights(*weights), ctx.needs_input_grad[2]
+        p, image_gradient = Weights(*weights), ctx.needs_input_grad[3]
         with torch.autocast(d_canvas.device.type, enabled=False):
-            transposed = [(weight.t(),) for weight in (p.enc_weight, p.dec_weight, p.post_weight, p.out_weight)]
+            transposed = [(p.enc_weight.t().to(ctx.dtype),), (p.dec_weight.t().to(ctx.dtype),), (p.post_weight.t(),), (p.out_weight.t().to(ctx.out_dtype),)]
             products = in_parallel(Product, transposed, ctx.count)
-            jobs = [(ctx.s, p, products, w, d_canvas[share], d_posterior[:, share], d_latents[:, share], image_gradient)
+            jobs = [(ctx.s, p, products, w, d_canvas[share], d_posterior[:, share], d_latents[:, share], image_gradient, ctx.dtype)
                     for w, share in zip(token.lease.workspaces, ctx.shares)]
             d_p, d_x = zip(*in_parallel(backward_rows, jobs, ctx.count))
         d_p = (None if parts[0] is None else sum(parts[1:], parts[0]) for parts in zip(*d_p))
-        return None, None, torch.cat(d_x) if image_gradient else None, None, *d_p
+        return None, None, None, torch.cat(d_x) if image_gradient else None, None, *d_p
+
+def autocast_dtype(
+    like: Tensor, # On the device in question
+) -> torch.dtype | None: # None without autocast
+    "What the surrounding `torch.autocast` asks products to be computed in"
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 def fused_scan(
     model: nn.Module, # A `DRAW`
@@ -586,18 +600,19 @@ def fused_scan(
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Canvas, means, log deviations and latents, as in `DRAWOutput`
     "What `DRAW.forward` computes, with the same gradients, sooner"
-    s = sizes(model.config)
+    s, half = sizes(model.config), autocast_dtype(images)
     with torch.autocast(images.device.type, enabled=False), torch.inference_mode(False):
         p = fold(model, s)
         x = images.to(p.canvas).transpose(1, 2).flatten(2)
         keep = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in (x, *p))
-        canvas, posterior, latents = Scan.apply(s, keep, x, noise.to(p.canvas), *p)
+        canvas, posterior, latents = Scan.apply(s, keep, half or x.dtype, x, noise.to(p.canvas), *p)
         return canvas.unflatten(2, (s.channels, s.width)).transpose(1, 2), *posterior.chunk(2, 2), latents
 
 def fits(
     model: nn.Module, # A `DRAW`
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
 ) -> bool:
-    "Whether `fused_scan` can serve: parameters in float32 or float64, something to do, no gradient wanted of the noise, no mixed precision"
-    plain = model.initial_canvas.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(noise.device.type)
+    "Whether `fused_scan` can serve: parameters in float32 or float64, something to do, no gradient wanted of the noise, no mixed precision but bfloat16 on a CPU"
+    known = (None, torch.bfloat16) if noise.device.type == 'cpu' else (None,)
+    plain = model.initial_canvas.dtype in (torch.float32, torch.float64) and autocast_dtype(noise) in known
     return plain and noise.numel() > 0 and not noise.requires_grad

@@ -1,0 +1,90 @@
+"""What the choices of training do to the bound: results/study.json.
+
+    python tools/study.py OUT [--only NAME ...]     OUT keeps the runs: one that is there goes on, or is only read
+
+MNIST on the fixed binarisation, 16 glimpses, four epochs; one choice at a time differs from the base. Rows named with --only are run and replace those of
+the same name in the file. About 50 minutes of one core; the test images are not used."""
+import argparse, json, platform, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from torch import nn
+from draw_nbdev.data_sets import find
+from draw_nbdev.model import preset
+from draw_nbdev.training import Task, TrainOptions, read_metrics, train
+sys.path.insert(0, str(Path(__file__).parent))
+from record import hardware
+
+BASE = TrainOptions(epochs=4, learning_rate=1.5e-3, precision='bf16')
+OUT = Path('results/study.json')
+SHOWN = 'epochs', 'learning_rate', 'final_rate', 'batch_size', 'kl_warmup', 'clip_norm', 'average', 'precision' # Choices of the base that the file names
+
+class Normal(Task):
+    "Every weight from N(0, 0.01^2), biases zero"
+    def start(self, config, train_set):
+        model = super().start(config, train_set)
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear): nn.init.normal_(layer.weight, std=0.01); nn.init.zeros_(layer.bias)
+        return model
+
+class Orthogonal(Task):
+    "The weights from h to each gate orthogonal"
+    def start(self, config, train_set):
+        model = super().start(config, train_set)
+        for cell in (model.encoder, model.decoder):
+            for gate in cell.gates.weight.data[:, -config.hidden_size:].chunk(4): nn.init.orthogonal_(gate)
+        return model
+
+VARIANTS = { # name: (what is varied, changed options, changed sizes, task)
+    'base': ('base', {}, {}, Task()),
+    'seed 1': ('base', dict(seed=1), {}, Task()),
+    'seed 2': ('base', dict(seed=2), {}, Task()),
+    'rate 5e-4': ('learning rate', dict(learning_rate=5e-4), {}, Task()),
+    'rate 3e-3': ('learning rate', dict(learning_rate=3e-3), {}, Task()),
+    'rate does not fall': ('learning rate', dict(final_rate=1.), {}, Task()),
+    'batch 50': ('batch', dict(batch_size=50), {}, Task()),
+    'batch 200': ('batch', dict(batch_size=200), {}, Task()),
+    'N(0, 0.01^2)': ('initial weights', {}, {}, Normal()),
+    'orthogonal': ('initial weights', {}, {}, Orthogonal()),
+    'layer norm': ('layer norm', {}, dict(layer_norm=True), Task()),
+    'no warm-up of the KL': ('KL warm-up', dict(kl_warmup=0), {}, Task()),
+    '1000 updates': ('KL warm-up', dict(kl_warmup=1000), {}, Task()),
+    'not averaged': ('averaging', dict(average=0.), {}, Task()),
+    'norm up to 1000': ('clipping', dict(clip_norm=1000.), {}, Task()),
+    'float32': ('precision', dict(precision='no'), {}, Task()),
+    'T = 4, 8, 16': ('growth', dict(growth=((4, 4), (8, 2)), epochs=8), {}, Task()),
+    'T = 64 at once': ('growth', dict(epochs=1), dict(glimpses=64), Task()),
+}
+
+def run(
+    name: str, # In `VARIANTS`
+    out: Path, # Folder of the runs
+    sets: tuple, # Training and validation images
+) -> dict: # One row of the study
+    "Train, or read what is there"
+    part, options, sizes, task = VARIANTS[name]
+    config, folder = replace(preset('mnist', glimpses=16), **sizes), out / ''.join(c if c.isalnum() else '_' for c in name)
+    train(config, *sets, folder, replace(BASE, **options), task)
+    rows = [row for row in read_metrics(folder) if row['split'] == 'valid']
+    curve = [{key: row[key] for key in ('epoch', 'glimpses', 'bound', 'cpu_seconds')} for row in rows]
+    return {'name': name, 'part': part, 'changes': options | sizes, **{f'valid_{key}': rows[-1][key] for key in ('bound', 'bound_se', 'latent')},
+            'epochs': rows[-1]['epoch'] + 1, 'cpu_seconds': rows[-1]['cpu_seconds'], 'curve': curve}
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('out', type=Path)
+    parser.add_argument('--only', nargs='*', default=list(VARIANTS), choices=list(VARIANTS))
+    arguments = parser.parse_args()
+    if len(arguments.only) > 1: # each in a process of its own, since Accelerate allows one precision in each
+        for name in arguments.only: subprocess.run([sys.executable, __file__, arguments.out, '--only', name], check=True)
+        sys.exit()
+    torch.set_num_threads(1)
+    row = run(arguments.only[0], arguments.out, (find('mnist_fixed', 'train'), find('mnist_fixed', 'valid')))
+    known = {r['name']: r for r in json.loads(OUT.read_text(encoding='utf-8'))['rows']} if OUT.is_file() else {}
+    known[row['name']] = row
+    study = {'data': 'mnist_fixed', 'glimpses': 16, 'base': {key: getattr(BASE, key) for key in SHOWN}, 'hardware': hardware(),
+             'software': f'Python {platform.python_version()}, torch {torch.__version__}', 'rows': [known[name] for name in VARIANTS if name in known]}
+    partial = OUT.with_suffix('.tmp')
+    partial.write_text(json.dumps(study, indent=1) + '\n', encoding='utf-8')
+    partial.replace(OUT)
+    print(f'{row["name"]:24} {row["valid_bound"]:7.2f} nats, {row["cpu_seconds"] / 60:5.1f} CPU minutes', flush=True)

@@ -51,6 +51,7 @@ def record(
     history = json.loads((run / 'best/training.json').read_text(encoding='utf-8'))
     score, others = ('error', ('cross_entropy',)) if 'valid_error' in history else ('bound', ('reconstruction', 'latent'))
     rows = [row for row in read_metrics(run) if row['split'] == 'valid']
+    unpacked = run / 'unpacked.json'
     chosen = next(row for row in rows if row['epoch'] + 1 == history['epochs'])
     result = {'name': name, 'data': history['data']['name'], 'data_note': history['data']['note'],
               'checksums': {k: history['data'][k] for k in ('train', 'valid')},
@@ -60,6 +61,7 @@ def record(
               **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
               'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
               'software': f'Python {platform.python_version()}, torch {torch.__version__}', 'hardware': hardware(),
+              **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py
               'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
     if samples is None: return result
     test_set = find(history['data']['name'], 'test')

@@ -2,8 +2,9 @@
 
     python tools/study.py OUT [--only NAME ...]     OUT keeps the runs: one that is there goes on, or is only read
 
-MNIST on the fixed binarisation, 16 glimpses, three epochs; one choice at a time differs from the base. Rows named with --only are run and replace those of
-the same name in the file. About half an hour of one core; the test images are not used."""
+MNIST on the fixed binarisation without attention, 8 glimpses, three epochs; one choice at a time differs from the base. The last rows are the network with
+attention at 16 glimpses, from three seeds. Rows named with --only are run and replace those of the same name in the file. About half an hour of one core; the
+test images are not used."""
 import argparse, json, platform, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,8 @@ VARIANTS = { # name: (what is varied, changed options, changed sizes, task)
     'no warm-up of the KL': ('KL warm-up', dict(kl_warmup=0), {}, Task()),
     'not averaged': ('averaging', dict(average=0.), {}, Task()),
     'float32': ('precision', dict(precision='no'), {}, Task()),
-    'T = 4, 8, 16': ('growth', dict(growth=((4, 4), (8, 2)), epochs=7), {}, Task()),
+    'T = 2, 4, 8': ('growth', dict(growth=((2, 4), (4, 2)), epochs=7), {}, Task()),
+    **{f'attention, seed {seed}': ('with attention', dict(seed=seed), dict(attention=True, glimpses=16), Task()) for seed in range(3)},
 }
 
 def run(
@@ -59,7 +61,7 @@ def run(
 ) -> dict: # One row of the study
     "Train, or read what is there"
     part, options, sizes, task = VARIANTS[name]
-    config, folder = replace(preset('mnist', glimpses=16), **sizes), out / ''.join(c if c.isalnum() else '_' for c in name)
+    config, folder = replace(preset('mnist_no_attention', glimpses=8), **sizes), out / ''.join(c if c.isalnum() else '_' for c in name)
     train(config, *sets, folder, replace(BASE, **options), task)
     rows = [row for row in read_metrics(folder) if row['split'] == 'valid']
     curve = [{key: row[key] for key in ('epoch', 'glimpses', 'bound', 'cpu_seconds')} for row in rows]
@@ -78,7 +80,7 @@ if __name__ == '__main__':
     row = run(arguments.only[0], arguments.out, (find('mnist_fixed', 'train'), find('mnist_fixed', 'valid')))
     known = {r['name']: r for r in json.loads(OUT.read_text(encoding='utf-8'))['rows']} if OUT.is_file() else {}
     known[row['name']] = row
-    study = {'data': 'mnist_fixed', 'glimpses': 16, 'base': {key: getattr(BASE, key) for key in SHOWN}, 'hardware': hardware(),
+    study = {'data': 'mnist_fixed', 'glimpses': 8, 'base': {key: getattr(BASE, key) for key in SHOWN}, 'hardware': hardware(),
              'software': f'Python {platform.python_version()}, torch {torch.__version__}', 'rows': [known[name] for name in VARIANTS if name in known]}
     partial = OUT.with_suffix('.tmp')
     partial.write_text(json.dumps(study, indent=1) + '\n', encoding='utf-8')

@@ -1,0 +1,45 @@
+"""Make the folder of a run from packaged weights, so that the command in results/NAME.json goes on from there with more epochs.
+
+    python tools/unpack.py NAME RUN        then the command of results/NAME.json with a larger number of epochs and --out RUN
+
+The package holds the averaged weights, the curve and the options of a run. Training goes on from the averaged weights; Adam's moments are not
+packaged and begin at zero. RUN/unpacked.json says so, and tools/record.py copies it into the result."""
+import argparse, hashlib, json
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from torch.optim.swa_utils import AveragedModel
+from draw_nbdev.model import DRAW, PRETRAINED
+from draw_nbdev.training import open_run, save_state, save_weights
+
+def unpack(
+    name: str, # Of packaged weights of a DRAW network
+    run: Path, # Folder to make; raises `ValueError` if it holds something
+):
+    "What `train` finds where it has been interrupted"
+    history = json.loads((PRETRAINED / name / 'training.json').read_text(encoding='utf-8'))
+    del history['half_precision']
+    if run.exists(): raise ValueError(f'{run} exists: choose another folder')
+    open_run(run, {key: history[key] for key in ('config', 'options', 'version', 'data')}, write=True)
+    curve = (PRETRAINED / name / 'metrics.jsonl').read_text(encoding='utf-8')
+    (run / 'metrics.jsonl').write_text(curve, encoding='utf-8')
+    model = DRAW.from_pretrained(name)
+    save_weights(model, run / 'best', history)
+    unpacked = {'weights': name, 'epochs': history['epochs'], 'sha256': hashlib.sha256((PRETRAINED / name / 'model.safetensors').read_bytes()).hexdigest()}
+    (run / 'unpacked.json').write_text(json.dumps(unpacked, indent=1) + '\n', encoding='utf-8')
+
+    accelerator = Accelerator(cpu=True)
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model) # the first update copies the weights, later ones average
+    accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    step = next(row['step'] for row in map(json.loads, curve.splitlines()) if row['split'] == 'valid' and row['epoch'] + 1 == history['epochs'])
+    averaged.n_averaged.fill_(step)
+    save_state(accelerator, averaged, {'step': step, 'best': history['valid_bound'], 'best_glimpses': history['glimpses'],
+                                       **{key: history[key] for key in ('seconds', 'cpu_seconds')}}, run)
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('name')
+    parser.add_argument('run', type=Path)
+    arguments = parser.parse_args()
+    unpack(arguments.name, arguments.run)

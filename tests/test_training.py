@@ -431,6 +431,31 @@ def test_more_epochs(tmp_path, undisturbed):
     assert [p.name for p in (tmp_path / 'run').glob('state-*')] == ['state-00000030']
     assert json.loads((tmp_path / 'run/run.json').read_text())['options']['epochs'] == 5
 
+def test_packaged_weights_go_on(tmp_path, undisturbed, monkeypatch):
+    "tools/unpack.py makes a run of packaged weights, which goes on after their epoch with more epochs"
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / 'tools')
+    import unpack
+    monkeypatch.setattr(unpack, 'PRETRAINED', tmp_path / 'pretrained')
+    packaged = shutil.copytree(undisturbed / 'best', tmp_path / 'pretrained/toy')
+    history = json.loads((packaged / 'training.json').read_text())
+    (packaged / 'training.json').write_text(json.dumps({**history, 'half_precision': {'used': False}}))
+    shutil.copy(undisturbed / 'metrics.jsonl', packaged)
+    monkeypatch.setattr(unpack.DRAW, 'from_pretrained', partial(lambda load, name: load(packaged), DRAW.from_pretrained))
+
+    unpack.unpack('toy', tmp_path / 'run')
+    unpacked, weights = outcome(tmp_path / 'run'), load_file(packaged / 'model.safetensors')
+    assert unpacked['state'] == f'state-{6 * history["epochs"]:08d}' and unpacked['moments'] == []
+    for name, prefix in (('model', ''), ('averaged', 'module.')):
+        state = load_file(tmp_path / 'run' / unpacked['state'] / f'{name}.safetensors')
+        assert all(torch.equal(state[prefix + key], value) for key, value in weights.items())
+    with pytest.raises(ValueError, match='exists'): unpack.unpack('toy', tmp_path / 'run')
+
+    toy_train(tmp_path / 'run', replace(OPTIONS, epochs=5))
+    rows = read_metrics(tmp_path / 'run')
+    assert [row['step'] for row in rows if row['split'] == 'train'] == list(range(1, 31))
+    assert [timeless(row) for row in rows if row['epoch'] < history['epochs']] == [row for row in outcome(undisturbed)['metrics'] if row['epoch'] < history['epochs']]
+    assert json.loads((tmp_path / 'run/run.json').read_text())['options']['epochs'] == 5
+
 def test_best_weights_are_those_of_the_best_bound(tmp_path):
     "Validation images that look otherwise get worse while the training images are learned: the first epoch is kept"
     pixels = torch.zeros(8, 2, 5, 7, dtype=torch.uint8)

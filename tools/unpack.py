@@ -30,10 +30,9 @@ def unpack(
 
     accelerator = Accelerator(cpu=True)
     averaged = AveragedModel(model)
-    averaged.update_parameters(model) # the first update copies the weights, later ones average
     accelerator.prepare(model, torch.optim.Adam(model.parameters()))
     step = next(row['step'] for row in map(json.loads, curve.splitlines()) if row['split'] == 'valid' and row['epoch'] + 1 == history['epochs'])
-    averaged.n_averaged.fill_(step)
+    averaged.n_averaged.fill_(step) # so that the next update is averaged, where a first one would be copied
     save_state(accelerator, averaged, {'step': step, 'best': history['valid_bound'], 'best_glimpses': history['glimpses'],
                                        **{key: history[key] for key in ('seconds', 'cpu_seconds')}}, run)
 

@@ -3,8 +3,8 @@
     python tools/study.py OUT [--only NAME ...]     OUT keeps the runs: one that is there goes on, or is only read
 
 MNIST on the fixed binarisation without attention, 8 glimpses, three epochs; one choice at a time differs from the base. The last rows are the network with
-attention at 16 glimpses, from three seeds. Rows named with --only are run and replace those of the same name in the file. About half an hour of one core; the
-test images are not used."""
+attention at 16 glimpses: three seeds, and the choices that may matter more there. Rows named with --only are run and replace those of the same name in the
+file. About three quarters of an hour of one core; the test images are not used."""
 import argparse, json, platform, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import hardware
 
 BASE = TrainOptions(epochs=3, learning_rate=1.5e-3, precision='bf16')
+ATTENTION = dict(attention=True, glimpses=16)
 OUT = Path('results/study.json')
 SHOWN = 'epochs', 'learning_rate', 'batch_size', 'kl_warmup', 'clip_norm', 'average', 'precision' # Choices of the base that the file names
 
@@ -51,7 +52,10 @@ VARIANTS = { # name: (what is varied, changed options, changed sizes, task)
     'not averaged': ('averaging', dict(average=0.), {}, Task()),
     'float32': ('precision', dict(precision='no'), {}, Task()),
     'T = 2, 4, 8': ('growth', dict(growth=((2, 4), (4, 2)), epochs=7), {}, Task()),
-    **{f'attention, seed {seed}': ('with attention', dict(seed=seed), dict(attention=True, glimpses=16), Task()) for seed in range(3)},
+    **{f'attention, seed {seed}': ('with attention', dict(seed=seed), ATTENTION, Task()) for seed in range(3)},
+    'attention, no warm-up': ('with attention', dict(kl_warmup=0), ATTENTION, Task()),
+    'attention, layer norm': ('with attention', {}, ATTENTION | dict(layer_norm=True), Task()),
+    'attention, T = 4, 8, 16': ('with attention', dict(growth=((4, 4), (8, 2)), epochs=7), ATTENTION, Task()),
 }
 
 def run(

@@ -65,6 +65,7 @@ def record(
               'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
     if samples is None: return result
     test_set = find(history['data']['name'], 'test')
+    result['checksums']['test'] = test_set.checksum
     if score == 'error':
         test = classification_error(load_classifier(run), test_set)
         result.update(test_error=test.error, test_error_se=test.error_se, test_images=test.images, test=asdict(test))

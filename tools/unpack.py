@@ -26,6 +26,8 @@ def unpack(
     model = DRAW.from_pretrained(name)
     save_weights(model, run / 'best', history)
     unpacked = {'weights': name, 'epochs': history['epochs'], 'sha256': hashlib.sha256((PRETRAINED / name / 'model.safetensors').read_bytes()).hexdigest()}
+    result = Path(f'results/{name}.json')
+    if result.is_file(): unpacked['hardware'] = json.loads(result.read_text(encoding='utf-8'))['hardware'] # of the epochs so far
     (run / 'unpacked.json').write_text(json.dumps(unpacked, indent=1) + '\n', encoding='utf-8')
 
     accelerator = Accelerator(cpu=True)

@@ -42,6 +42,7 @@ def package(
     out.parent.mkdir(exist_ok=True)
     before = score(model, valid, kind)
     save_weights(model, out, history)
+    (out / 'README.md').unlink(missing_ok=True) # the Hub's card, without a word about these weights
     whole, file = load_file(out / 'model.safetensors'), out / 'model.safetensors'
     save_file({key: value.half() for key, value in whole.items()}, file)
     moved = abs(score(load(out), valid, kind) - before)

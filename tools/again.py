@@ -37,10 +37,11 @@ def evaluated(
     same = ('data', 'split', 'images', 'glimpses', *(('seeds', 'iw_samples') if 'seeds' in kept else ()))
     differing = [key for key in same if second[key] != kept[key]]
     if second['model'] != name or differing: raise ValueError(f'{folder} is not what results/{name}.json has under "test": {", ".join(differing) or second["model"]}')
-    score, bound = ('bound', True) if 'bound' in kept else ('error', False)
-    row = {'command': f'draw evaluate {name} --split test' + f' --seeds {kept["seeds"]} --samples {kept["iw_samples"]}' * bound,
-           'value': f'test_{score}', 'first': kept[score], 'se': kept[f'{score}_se'], 'again': second[score]}
-    return row | ({'spread': kept['bound_spread'], 'iw_bound': [kept['iw_bound'], second['iw_bound']]} if bound else {})
+    score = 'bound' if 'bound' in kept else 'error'
+    row = {'command': f'draw evaluate {name} --split test', 'value': f'test_{score}', 'first': kept[score], 'se': kept[f'{score}_se'], 'again': second[score]}
+    if score == 'error': return row
+    row['command'] += f' --seeds {kept["seeds"]} --samples {kept["iw_samples"]}'
+    return row | {'spread': kept['bound_spread'], 'iw_bound': [kept['iw_bound'], second['iw_bound']]}
 
 def again(
     folder: Path, # Of a run or of an evaluation

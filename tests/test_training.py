@@ -16,7 +16,9 @@ import draw_nbdev.training as training
 from draw_nbdev.data import Images
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.model import DRAW, DRAWConfig
-from draw_nbdev.training import TrainOptions, open_run, read_metrics, train
+from draw_nbdev.muon import orthogonalize
+from draw_nbdev.options import TrainOptions
+from draw_nbdev.training import open_run, read_metrics, train
 
 CONFIG = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3, read_size=2, write_size=3)
 OPTIONS = TrainOptions(epochs=3, batch_size=4, save_every=4, log_every=1, kl_warmup=4, rate_warmup=3, learning_rate=0.01) # 3 epochs of 6 updates
@@ -45,10 +47,10 @@ def timeless(row): return {k: v for k, v in row.items() if k not in ('images_per
 def outcome(out):
     "Everything that a run leaves behind and that does not depend on the clock"
     state = sorted(out.glob('state-*'))[-1]
-    optimizer = torch.load(state / 'optimizer.bin', weights_only=True)['state']
+    optimizers = [torch.load(file, weights_only=True)['state'] for file in sorted(state.glob('optimizer*.bin'))]
     return {'best': (out / 'best/model.safetensors').read_bytes(), 'config': (out / 'best/config.json').read_bytes(),
             'state': state.name, 'weights': (state / 'model.safetensors').read_bytes(), 'averaged': (state / 'averaged.safetensors').read_bytes(),
-            'moments': [[v.tolist() for v in moments.values()] for moments in optimizer.values()], 'progress': timeless(json.loads((state / 'progress.json').read_text())),
+            'moments': [[v.tolist() for v in moments.values()] for optimizer in optimizers for moments in optimizer.values()], 'progress': timeless(json.loads((state / 'progress.json').read_text())),
             'metrics': [timeless(row) for row in read_metrics(out)]}
 
 def assert_same(out, reference):
@@ -417,6 +419,112 @@ def test_growth_goes_on_inside_every_stage(tmp_path):
     rows = read_metrics(tmp_path / 'run')
     assert [row['glimpses'] for row in rows if row['split'] == 'valid'] == [1, 2, 3]
     assert [row['glimpses'] for row in rows if row['split'] == 'train'] == 6 * [1] + 6 * [2] + 6 * [3]
+
+MUON = replace(OPTIONS, optimizer='muon', decay=0.5, clip_norm=None)
+
+def test_muon_goes_on(start, tmp_path):
+    "Killed again and again, a run with two optimisers ends with the same weights and averages, bit for bit; and it is not a run with Adam"
+    out = tmp_path / 'run'
+    toy_train(tmp_path / 'whole', MUON)
+    for die_at in (30, 45, 60): assert finish(start(out, options=MUON, die_at=die_at)) == [-signal.SIGKILL]
+    assert 0 < updates_saved(out) < LAST
+    assert finish(start(out, options=MUON)) == [0]
+    assert_same(out, tmp_path / 'whole')
+    shapes = [[tuple(v.shape) for v in torch.load(file, weights_only=True)['state'][0].values()] for file in sorted(out.glob('state-*/optimizer*.bin'))]
+    assert shapes == [[(), (2, 5, 7), (2, 5, 7)], [(32, 8 * 2 * 4 // 2 // 2 + 16)]] # Adam has c_0 first, Muon the encoder's gates
+    with pytest.raises(ValueError, match='options.optimizer muon there, adam here'): toy_train(out, replace(MUON, optimizer='adam'))
+
+def test_muon_in_two_processes(start, tmp_path):
+    "Two processes that are killed and go on do what they would have done undisturbed, and what one process does"
+    whole, out = tmp_path / 'whole', tmp_path / 'run'
+    assert finish(*(start(whole, options=MUON, environment=environment) for environment in ranks(free_port()))) == [0, 0]
+    first, second = [start(out, options=MUON, environment=environment, die_at=None if rank else 45) for rank, environment in enumerate(ranks(free_port()))]
+    finish(first)
+    second.terminate()
+    finish(second)
+    assert 0 < updates_saved(out) < LAST
+    assert finish(*(start(out, options=MUON, environment=environment) for environment in ranks(free_port()))) == [0, 0]
+    assert_same(out, whole)
+    toy_train(tmp_path / 'one', MUON)
+    a, b = (load_file(next(folder.glob('state-*')) / 'model.safetensors') for folder in (whole, tmp_path / 'one'))
+    for name in b: torch.testing.assert_close(a[name], b[name], rtol=0.05, atol=3e-3) # rounding to bfloat16 makes a little of nothing
+
+def test_two_steps_by_hand(tmp_path):
+    "The loop's own part of two updates against Adam and Muon written out: rate, clipping, both optimisers, the average"
+    options = replace(OPTIONS, epochs=1, rate_warmup=3, kl_warmup=2, clip_norm=0.5, average=0.9, save_every=1, decay=0.5)
+    for name in ('adam', 'muon'):
+        with pytest.raises(InterruptedError): toy_train(tmp_path / name, replace(options, optimizer=name), batches=2)
+        torch.manual_seed(options.seed)
+        model = DRAW(CONFIG).start_from(toy_images().mean())
+        first, average, moments = {k: v.detach().clone() for k, v in model.named_parameters()}, {}, {}
+        order = torch.randperm(24, generator=training.generator_for(0, 0, 0))
+        for step in range(2):
+            random = training.generator_for(0, 1, step)
+            images = toy_images().batch(order[4 * step:4 * step + 4], random)
+            parts = training.bound(model(images, torch.randn(3, 4, 3, generator=random)), images)
+            model.zero_grad()
+            (parts.reconstruction + (0.5, 1)[step] * parts.latent).mean().backward()
+            length = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+            assert length > 0.5
+            lr = 0.01 * (1 / 3, 2 / 3)[step]
+            for key, p in model.named_parameters():
+                g, stacked = p.grad * (0.5 / length), {'encoder.gates.weight': 4, 'decoder.gates.weight': 4, 'posterior.weight': 2}.get(key)
+                if name == 'muon' and stacked:
+                    m = moments[key] = 0.95 * moments.get(key, 0) + 0.05 * g
+                    change = torch.cat([0.2 * max(part.shape)**0.5 * orthogonalize(part[None])[0] for part in (0.05 * g + 0.95 * m).chunk(stacked)])
+                else:
+                    m, v = moments.get(key, (0, 0))
+                    m, v = moments[key] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+                    change = m / (1 - 0.9**(step + 1)) / ((v / (1 - 0.999**(step + 1))).sqrt() + 1e-8)
+                with torch.no_grad(): p -= lr * change
+                average[key] = p.detach().clone() if step == 0 else average[key] + (1 - 2 / 11) * (p.detach() - average[key])
+        saved, averaged = (load_file(tmp_path / name / f'state-00000002/{file}.safetensors') for file in ('model', 'averaged'))
+        for key in first:
+            torch.testing.assert_close(saved[key], model.state_dict()[key], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(averaged[f'module.{key}'], average[key], rtol=1e-3, atol=1e-5)
+            assert (saved[key] - first[key]).abs().max() > 1e-3, key
+
+def test_segments(tmp_path):
+    "What a run was made with: one segment where nothing changes, another from the update on where something does; what left no update is not kept"
+    def segments(): return json.loads((tmp_path / 'run/run.json').read_text())['segments']
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', batches=9)
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', batches=2)
+    assert [(s['from_step'], s['epochs'], s['precision'], s['processes']) for s in segments()] == [(0, 3, 'no', 1)]
+    toy_train(tmp_path / 'run', replace(OPTIONS, epochs=4))
+    assert [(s['from_step'], s['epochs']) for s in segments()] == [(0, 3), (8, 4)]
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', replace(OPTIONS, epochs=6), batches=3)
+    assert [(s['from_step'], s['epochs']) for s in segments()] == [(0, 3), (8, 4), (24, 6)]
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', replace(OPTIONS, epochs=7), batches=0)
+    assert [(s['from_step'], s['epochs']) for s in segments()] == [(0, 3), (8, 4), (24, 7)] # six epochs left no saved update
+    assert json.loads((tmp_path / 'run/best/training.json').read_text())['segments'][:2] == segments()[:2]
+    rates = [row['learning_rate'] for row in read_metrics(tmp_path / 'run') if row['split'] == 'train']
+    assert rates[8] == training.learning_rate(OPTIONS, 8, 24) and rates[7] == training.learning_rate(OPTIONS, 7, 18) # as the optimiser had them
+
+def test_runs_of_before_the_segments(tmp_path):
+    "A run.json without segments, and without options that are younger than it, goes on"
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', batches=9)
+    file = tmp_path / 'run/run.json'
+    run = json.loads(file.read_text())
+    del run['segments'], run['options']['optimizer'], run['options']['decay'], run['options']['every_glimpse']
+    file.write_text(json.dumps(run))
+    toy_train(tmp_path / 'run')
+    toy_train(tmp_path / 'whole')
+    assert_same(tmp_path / 'run', tmp_path / 'whole')
+    assert [s['from_step'] for s in json.loads(file.read_text())['segments']] == [0, 8]
+
+def test_no_clipping(tmp_path):
+    "Without a limit the gradient is left as it is; with a small one Adam's first update is the same, as it has no length, and the later ones are not"
+    for name, limit in (('none', None), ('large', 1e6), ('small', 1e-3)): toy_train(tmp_path / name, replace(OPTIONS, clip_norm=limit))
+    assert_same(tmp_path / 'none', tmp_path / 'large')
+    assert outcome(tmp_path / 'small')['weights'] != outcome(tmp_path / 'none')['weights']
+
+def test_more_epochs_before_the_rate_falls(tmp_path):
+    "While the rate is constant, a run does not depend on its length"
+    options = replace(OPTIONS, decay=0.25)
+    toy_train(tmp_path / 'long', replace(options, epochs=4))
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', options, batches=9)
+    toy_train(tmp_path / 'run', replace(options, epochs=4))
+    assert_same(tmp_path / 'run', tmp_path / 'long')
 
 def test_more_epochs(tmp_path, undisturbed):
     "A finished run ends at once when it is started again, and goes on when it is given more epochs"

@@ -6,10 +6,11 @@
 
 Runs are compared by validation values: the test images have had their one use, and choosing is over. Where the chosen epoch and all validation
 values are equal, so are the weights. Evaluations are compared by the test value of the packaged weights."""
-import argparse, json, platform
+import argparse, json
 from pathlib import Path
 import torch
-from record import hardware, record
+from draw_nbdev.training import machine
+from record import record
 
 OUT = Path('results/again.json')
 
@@ -50,8 +51,7 @@ def again(
     "The same number twice, and where the second comes from"
     first = json.loads(Path(f'results/{name}.json').read_text(encoding='utf-8'))
     part = (evaluated if (folder / 'evaluation.json').is_file() else trained)(folder, name, first)
-    return {'name': name, **part, 'hardware': [first['hardware'], hardware()],
-            'software': [first['software'], f'Python {platform.python_version()}, torch {torch.__version__}']}
+    return {'name': name, **part, **{key: [first[key], value] for key, value in machine(torch.device('cpu')).items()}}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -4,11 +4,10 @@
 
 About ten minutes. Runs `draw benchmark` for MNIST at every T and batch, for the other presets and for several image sides, and puts the rows into one file
 together with what they were measured on."""
-import json, platform, subprocess, sys, tempfile
+import json, subprocess, sys, tempfile
 from pathlib import Path
 import torch
-sys.path.insert(0, str(Path(__file__).parent))
-from record import hardware
+from draw_nbdev.training import machine
 
 RUNS = (
     ['--seconds', '24'],
@@ -26,6 +25,6 @@ if __name__ == '__main__':
             rows += json.loads(file.read_text())
     out = Path('results/benchmark.json')
     partial = out.with_suffix('.tmp')
-    partial.write_text(json.dumps({'machine': f'{hardware()}; Python {platform.python_version()}, torch {torch.__version__}', 'rows': rows}, indent=1) + '\n')
+    partial.write_text(json.dumps({'machine': '; '.join(machine(torch.device('cpu')).values()), 'rows': rows}, indent=1) + '\n')
     partial.replace(out)
     print(out)

@@ -6,41 +6,44 @@
 
 Values of a DRAW network are in nats per image, errors of a classifier are shares between 0 and 1.
 The test set is for weights that were chosen on validation images, and is used once."""
-import argparse, json, os, platform
+import argparse, json
 from dataclasses import asdict
 from pathlib import Path
 import torch
-from draw_nbdev.classifier import CLASSIFIER_OPTIONS, CLASSIFIERS, classification_error, load_classifier
+from draw_nbdev.classifier import CLASSIFIERS, classification_error, load_classifier
 from draw_nbdev.data_sets import MAKERS, find
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.model import DRAW, PRESETS
-from draw_nbdev.training import TrainOptions, read_metrics
-
-def hardware() -> str: # Processor and cores
-    "What this machine computes with; how many threads and processes a run had shows in its CPU time"
-    file = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in file.read_text().splitlines() if line.startswith('model name')] if file.is_file() else []
-    return f'{names[0] if names else platform.processor()}, {os.cpu_count()} cores'
+from draw_nbdev.options import TrainOptions, recipe, with_epochs
+from draw_nbdev.training import machine, read_metrics
 
 def command(
-    history: dict, # As training.json holds it
+    history: dict, # As training.json holds it: config, options, data
     name: str, # What the result is called
 ) -> str: # One line
-    "What makes the same run again"
-    config, options = history['config'], history['options']
-    classifier = name.startswith('cluttered')
-    networks, usual = (CLASSIFIERS, CLASSIFIER_OPTIONS) if classifier else (PRESETS, TrainOptions())
+    "What makes the same run again: the network, and what differs from the recipe that is nearer"
+    config, recorded = history['config'], {**asdict(TrainOptions()), **history['options']}
+    networks = CLASSIFIERS if name.startswith('cluttered') else PRESETS
     network = max((n for n in networks if name.startswith(n)), key=len)
-    stages = ','.join(f'{glimpses}:{epochs}' for glimpses, epochs in options['growth'])
-    given = {}
-    if stages: given['glimpses'] = f'{stages},{config["glimpses"]}:{options["epochs"] - sum(epochs for _, epochs in options["growth"])}'
-    else: given['epochs'] = options['epochs']
-    standard = asdict(networks[network])
-    given |= {key: value for key, value in config.items() if value != standard[key] and key not in given}
-    given |= {key: value for key, value in options.items() if value != asdict(usual)[key] and key not in ('epochs', 'growth', 'log_every', 'save_every')}
-    images = [] if classifier or history['data']['name'] in MAKERS else ['--images', history['data']['name'] + '.zip']
-    flags = [word for key, value in given.items() for word in (f'--{key.replace("_", "-")}', f'{value:g}' if isinstance(value, float) else str(value))]
-    return ' '.join(['draw', 'classify' if classifier else 'train', network, *images, *flags])
+    sizes = {key: value for key, value in config.items() if value != asdict(networks[network])[key]}
+    flags = min((flags_for(recorded, config, sizes, network, kind, 'segments' in history) for kind in ('own', 'paper')), key=len)
+    images = [] if networks is CLASSIFIERS or history['data']['name'] in MAKERS else ['--images', history['data']['name'] + '.zip']
+    return ' '.join(['draw', 'classify' if networks is CLASSIFIERS else 'train', network, *images, *flags])
+
+def flags_for(recorded, config, sizes, network, kind, chosen):
+    "Options of the command line for everything that a recipe does not say; `chosen`: precision auto has been tried out, and the hardware has chosen"
+    options, usual = TrainOptions(**recorded), recipe(network, kind)
+    given = {key: value for key, value in sizes.items() if key != 'glimpses'}
+    if 'glimpses' not in sizes and options.growth == with_epochs(usual, options.epochs).growth:
+        if options.epochs != usual.epochs: given['epochs'] = options.epochs
+    else:
+        stages = [*options.growth, (config['glimpses'], options.epochs - sum(epochs for _, epochs in options.growth))]
+        given['glimpses'] = ','.join(f'{glimpses}:{epochs}' for glimpses, epochs in stages)
+    apart = 'epochs', 'growth', 'log_every', 'save_every', 'every_glimpse', *(['precision'] if chosen and usual.precision == 'auto' else [])
+    given |= {key: value for key, value in asdict(options).items() if value != getattr(usual, key) and key not in apart}
+    words = [word for key, value in given.items() for word in (f'--{key.replace("_", "-")}', 'none' if value is None else f'{value:g}' if isinstance(value, float) else str(value))]
+    if options.every_glimpse != usual.every_glimpse: words.append('--every-glimpse' if options.every_glimpse else '--last-glimpse')
+    return (['--recipe', 'paper'] if kind == 'paper' else []) + words
 
 def record(
     run: Path, # Folder of the run
@@ -60,7 +63,7 @@ def record(
               **{f'valid_{key}': chosen[key] for key in (score, f'{score}_se', *others)},
               **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
               'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
-              'software': f'Python {platform.python_version()}, torch {torch.__version__}', 'hardware': hardware(),
+              **machine(torch.device('cpu')), 'segments': history.get('segments', []),
               **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py
               'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
     if samples is None: return result

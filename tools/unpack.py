@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
 from draw_nbdev.model import DRAW, PRETRAINED
-from draw_nbdev.training import open_run, save_state, save_weights
+from draw_nbdev.options import TrainOptions
+from draw_nbdev.training import Task, save_state, save_weights, write_run
 
 def unpack(
     name: str, # Of packaged weights of a DRAW network
@@ -20,7 +21,7 @@ def unpack(
     history = json.loads((PRETRAINED / name / 'training.json').read_text(encoding='utf-8'))
     del history['half_precision']
     if run.exists(): raise ValueError(f'{run} exists: choose another folder')
-    open_run(run, {key: history[key] for key in ('config', 'options', 'version', 'data')}, write=True)
+    write_run(run, {key: history[key] for key in ('config', 'options', 'version', 'data', 'segments') if key in history})
     curve = (PRETRAINED / name / 'metrics.jsonl').read_text(encoding='utf-8')
     (run / 'metrics.jsonl').write_text(curve, encoding='utf-8')
     model = DRAW.from_pretrained(name)
@@ -32,7 +33,7 @@ def unpack(
 
     accelerator = Accelerator(cpu=True)
     averaged = AveragedModel(model)
-    accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    accelerator.prepare(model, *Task().optimizers(model, TrainOptions(**history['options'])))
     step = next(row['step'] for row in map(json.loads, curve.splitlines()) if row['split'] == 'valid' and row['epoch'] + 1 == history['epochs'])
     averaged.n_averaged.fill_(step) # so that the next update is averaged, where a first one would be copied
     save_state(accelerator, averaged, {'step': step, 'best': history['valid_bound'], 'best_glimpses': history['glimpses'],

@@ -6,12 +6,12 @@
 __all__ = ['app', 'PRESET', 'MODEL', 'SEED', 'DATA', 'IMAGES', 'SIZE', 'GLIMPSES', 'SPLIT', 'RUN', 'RECIPE', 'EPOCHS', 'STAGES',
            'READ_SIZE', 'BATCH_SIZE', 'OPTIMIZER', 'LEARNING_RATE', 'FINAL_RATE', 'DECAY', 'RATE_WARMUP', 'CLIP_NORM',
            'AVERAGE', 'PRECISION', 'PROCESSES', 'VALID_IMAGES', 'SAVE_EVERY', 'leads', 'find_data', 'write_json',
-           'parse_glimpses', 'plan', 'parse_limit', 'process_count', 'processes', 'death', 'run', 'recipes',
+           'parse_glimpses', 'plan', 'parse_limit', 'process_count', 'processes', 'death', 'end_with', 'run', 'recipes',
            'train_command', 'say_error', 'say_data', 'classify_command', 'say_bound', 'evaluate_command',
            'generate_command', 'reproduce_command', 'benchmark_command', 'data_command', 'main']
 
 # %% ../nbs/85_cli.ipynb #46ae575f
-import json, os, signal, socket, subprocess, sys, tempfile, threading
+import json, os, signal, socket, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -108,8 +108,9 @@ def parse_limit(text):
 def process_count(batch_size, asked):
     "How many processes share a batch: as many as asked for, else one for each core, as long as each has 16 images and all have equally many"
     import torch
-    if 'RANK' in os.environ:
-        if asked is not None: raise ValueError('several processes have been started already, by torchrun or another launcher: leave --processes out')
+    if 'RANK' in os.environ: # one of several, started by the first or by a launcher
+        there = os.environ.get('WORLD_SIZE')
+        if asked is not None and str(asked) != there: raise ValueError(f'a launcher has started {there} processes already: leave --processes out')
         return 1
     if asked is None:
         if torch.accelerator.is_available(): return 1
@@ -132,21 +133,25 @@ def processes(count):
     share = str(max(1, threads // count))
     common = {'WORLD_SIZE': str(count), 'LOCAL_WORLD_SIZE': str(count), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'OMP_NUM_THREADS': share}
     command = [sys.executable, '-c', 'from draw_nbdev.cli import main; main()', *sys.argv[1:]]
-    others = []
+    others, ended = [], threading.Event()
     with tempfile.TemporaryFile() as said:
+        watch = threading.Thread(target=end_with, args=(others, said, ended), daemon=True)
         try:
             for rank in range(1, count):
                 place = {'RANK': str(rank), 'LOCAL_RANK': str(rank)}
                 others.append(subprocess.Popen(command, env={**before, **common, **place}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said))
             os.environ.update({**common, 'RANK': '0', 'LOCAL_RANK': '0'})
             torch.set_num_threads(int(share))
+            watch.start()
             yield
             for other in others: other.wait()
-        except RuntimeError as error: # a connection that was lost
+        except RuntimeError as error: # a connection that was lost, if another process has ended
+            time.sleep(1)
             reason = death(others, said)
             if reason is None: raise
-            raise OSError(f'{reason}; the same command goes on from the last saved state') from error
+            raise OSError(reason) from error
         finally:
+            ended.set()
             for other in others: other.kill()
             for other in others: other.wait()
             os.environ.clear()
@@ -156,15 +161,22 @@ def processes(count):
             AcceleratorState._reset_state(reset_partial_state=True)
 
 def death(others, said):
-    "Which of the other processes has ended, and why; None if none has"
+    "Which of the other processes has failed, and why; None if none has"
     for rank, other in enumerate(others, start=1):
-        try: code = other.wait(5)
-        except subprocess.TimeoutExpired: continue
-        if code == 0: continue
+        code = other.poll()
+        if not code: continue
         said.seek(0)
         last = (said.read().decode(errors='replace').strip().splitlines() or [''])[-1]
         reason = f'signal {signal.Signals(-code).name}' if code < 0 else f'exit code {code}: {last}'
-        return f'process {rank + 1} of {len(others) + 1} has ended ({reason})'
+        return f'process {rank + 1} of {len(others) + 1} has ended ({reason}); the same command goes on from the last saved state'
+
+def end_with(others, said, ended):
+    "End this process where another has failed and the loop does not notice, because it waits for the other"
+    while not ended.wait(0.5):
+        if death(others, said) is None or ended.wait(10): continue # time to find out by itself
+        typer.echo(f'draw: {death(others, said)}', err=True)
+        for other in others: other.kill()
+        os._exit(2)
 
 def run(train, config, options, train_set, valid_set, out, describe, count):
     "Train; say what is about to be done, what came out of each epoch, and where the weights are"

@@ -3,21 +3,25 @@
     python tools/study.py OUT [--only NAME ...]     OUT keeps the runs: one that is there goes on, or is only read
 
 MNIST on the fixed binarisation without attention, 8 glimpses, three epochs; one choice at a time differs from the base. The last rows are the network with
-attention at 16 glimpses: three seeds, and the choices that may matter more there. Rows named with --only are run and replace those of the same name in the
-file. About three quarters of an hour of one core; the test images are not used."""
-import argparse, json, platform, subprocess, sys
+attention at 16 glimpses: three seeds, and the choices that may matter more there; then the recipe of `draw train mnist`, its first window, optimisers,
+rates, clipping, and its stages beside those of the recipe before it. Rows named with --only are run and replace those of the same name in the
+file. About three hours of one core; the test images are not used."""
+import argparse, json, subprocess, sys
 from dataclasses import replace
+from math import log
 from pathlib import Path
 import torch
 from torch import nn
 from draw_nbdev.data_sets import find
 from draw_nbdev.model import preset
-from draw_nbdev.training import Task, TrainOptions, read_metrics, train
-sys.path.insert(0, str(Path(__file__).parent))
-from record import hardware
+from draw_nbdev.options import RECIPES, TrainOptions
+from draw_nbdev.training import Task, machine, read_metrics, train
 
 BASE = TrainOptions(epochs=3, learning_rate=1.5e-3, precision='bf16')
 ATTENTION = dict(attention=True, glimpses=16)
+RECIPE = replace(RECIPES['mnist'], epochs=3, growth=(), decay=0.01, precision='bf16', valid_images=5000) # Its first three epochs, at a constant rate
+ADAM = replace(RECIPE, optimizer='adam')
+STAGES = dict(growth=((16, 2), (32, 2)), epochs=6)
 OUT = Path('results/study.json')
 SHOWN = 'epochs', 'learning_rate', 'batch_size', 'kl_warmup', 'clip_norm', 'average', 'precision' # Choices of the base that the file names
 
@@ -37,6 +41,17 @@ class Orthogonal(Task):
             for gate in cell.gates.weight.data[:, -config.hidden_size:].chunk(4): nn.init.orthogonal_(gate)
         return model
 
+class FirstWindow(Task):
+    "Filters of fresh windows `share` of their distance wide, and at least a pixel"
+    def __init__(self, share): self.share = share
+    def start(self, config, train_set):
+        model = super().start(config, train_set)
+        for window, size in ((model.read.window, config.read_size), (model.write.window, config.write_size)):
+            with torch.no_grad(): window.bias[2] = 2 * log(max(1, self.share * (config.width - 1) / (size - 1)))
+        return model
+
+PIXEL = FirstWindow(0)
+
 VARIANTS = { # name: (what is varied, changed options, changed sizes, task)
     'base': ('base', {}, {}, Task()),
     'seed 1': ('base', dict(seed=1), {}, Task()),
@@ -52,10 +67,32 @@ VARIANTS = { # name: (what is varied, changed options, changed sizes, task)
     'not averaged': ('averaging', dict(average=0.), {}, Task()),
     'float32': ('precision', dict(precision='no'), {}, Task()),
     'T = 2, 4, 8': ('growth', dict(growth=((2, 4), (4, 2)), epochs=7), {}, Task()),
-    **{f'attention, seed {seed}': ('with attention', dict(seed=seed), ATTENTION, Task()) for seed in range(3)},
-    'attention, no warm-up': ('with attention', dict(kl_warmup=0), ATTENTION, Task()),
-    'attention, layer norm': ('with attention', {}, ATTENTION | dict(layer_norm=True), Task()),
-    'attention, T = 4, 8, 16': ('with attention', dict(growth=((4, 4), (8, 2)), epochs=7), ATTENTION, Task()),
+    **{f'attention, seed {seed}': ('with attention', dict(seed=seed), ATTENTION, PIXEL) for seed in range(3)},
+    'attention, no warm-up': ('with attention', dict(kl_warmup=0), ATTENTION, PIXEL),
+    'attention, layer norm': ('with attention', {}, ATTENTION | dict(layer_norm=True), PIXEL),
+    'attention, T = 4, 8, 16': ('with attention', dict(growth=((4, 4), (8, 2)), epochs=7), ATTENTION, PIXEL),
+}
+
+def around(options, **changes): return {name: value for name, value in {**vars(options), **changes}.items() if value != getattr(BASE, name)}
+
+VARIANTS |= {
+    **{f'recipe, seed {seed}': ('recipe', around(RECIPE, seed=seed), ATTENTION, Task()) for seed in range(5)},
+    **{f'1 pixel, seed {seed}': ('first window', around(RECIPE, seed=seed), ATTENTION, PIXEL) for seed in range(3)},
+    'adam 3e-3': ('optimiser and rate', around(ADAM), ATTENTION, Task()),
+    'adam 1.5e-3': ('optimiser and rate', around(ADAM, learning_rate=1.5e-3), ATTENTION, Task()),
+    'adam 6e-3': ('optimiser and rate', around(ADAM, learning_rate=6e-3), ATTENTION, Task()),
+    'muon 1.5e-3': ('optimiser and rate', around(RECIPE, learning_rate=1.5e-3), ATTENTION, Task()),
+    'muon 6e-3': ('optimiser and rate', around(RECIPE, learning_rate=6e-3), ATTENTION, Task()),
+    'stages, recipe': ('stages', around(RECIPE, **STAGES), ATTENTION | dict(glimpses=64), Task()),
+    'stages, before': ('stages', around(ADAM, learning_rate=1.5e-3, kl_warmup=1000, average=0.999, decay=1., **STAGES), ATTENTION | dict(glimpses=64), PIXEL),
+    **{f'half a distance, seed {seed}': ('first window', around(RECIPE, seed=seed), ATTENTION, FirstWindow(0.5)) for seed in range(3)},
+    'muon, no clipping': ('clipping', around(RECIPE, clip_norm=None), ATTENTION, Task()),
+    'muon, clip 100': ('clipping', around(RECIPE, clip_norm=100.), ATTENTION, Task()),
+    'adam 3e-3, no clipping': ('clipping', around(ADAM, clip_norm=None), ATTENTION, Task()),
+    'adam 3e-3, clip 100': ('clipping', around(ADAM, clip_norm=100.), ATTENTION, Task()),
+    'muon, KL warm-up': ('KL warm-up with attention', around(RECIPE, kl_warmup=1000), ATTENTION, Task()),
+    'T = 64 from the start': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), Task()), # in the time of three epochs at 16
+    'T = 64 from the start, 1 pixel': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), PIXEL),
 }
 
 def run(
@@ -70,7 +107,8 @@ def run(
     rows = [row for row in read_metrics(folder) if row['split'] == 'valid']
     curve = [{key: row[key] for key in ('epoch', 'glimpses', 'bound', 'cpu_seconds')} for row in rows]
     return {'name': name, 'part': part, 'changes': options | sizes, **{f'valid_{key}': rows[-1][key] for key in ('bound', 'bound_se', 'latent')},
-            'epochs': rows[-1]['epoch'] + 1, 'cpu_seconds': rows[-1]['cpu_seconds'], 'curve': curve}
+            'images': options.get('valid_images') or len(sets[1]), 'epochs': rows[-1]['epoch'] + 1, 'cpu_seconds': rows[-1]['cpu_seconds'],
+            **machine(torch.device('cpu')), 'curve': curve}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -84,8 +122,8 @@ if __name__ == '__main__':
     row = run(arguments.only[0], arguments.out, (find('mnist_fixed', 'train'), find('mnist_fixed', 'valid')))
     known = {r['name']: r for r in json.loads(OUT.read_text(encoding='utf-8'))['rows']} if OUT.is_file() else {}
     known[row['name']] = row
-    study = {'data': 'mnist_fixed', 'glimpses': 8, 'base': {key: getattr(BASE, key) for key in SHOWN}, 'hardware': hardware(),
-             'software': f'Python {platform.python_version()}, torch {torch.__version__}', 'rows': [known[name] for name in VARIANTS if name in known]}
+    study = {'data': 'mnist_fixed', 'glimpses': 8, 'base': {key: getattr(BASE, key) for key in SHOWN},
+             'rows': [known[name] for name in VARIANTS if name in known]}
     partial = OUT.with_suffix('.tmp')
     partial.write_text(json.dumps(study, indent=1) + '\n', encoding='utf-8')
     partial.replace(OUT)

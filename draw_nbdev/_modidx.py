@@ -374,5 +374,6 @@ d = { 'settings': { 'branch': 'main',
                                      'draw_nbdev.training.read_metrics': ('training.html#read_metrics', 'draw_nbdev/training.py'),
                                      'draw_nbdev.training.save_state': ('training.html#save_state', 'draw_nbdev/training.py'),
                                      'draw_nbdev.training.save_weights': ('training.html#save_weights', 'draw_nbdev/training.py'),
+                                     'draw_nbdev.training.tell_segments': ('training.html#tell_segments', 'draw_nbdev/training.py'),
                                      'draw_nbdev.training.train': ('training.html#train', 'draw_nbdev/training.py'),
                                      'draw_nbdev.training.write_run': ('training.html#write_run', 'draw_nbdev/training.py')}}}

@@ -85,7 +85,7 @@ def glimpses_at(
 
 # %% ../nbs/59_options.ipynb #288b00cf
 MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, decay=0.4, average=0.9995, kl_warmup=0, precision='auto')
-READ = TrainOptions(optimizer='muon', learning_rate=3e-3, decay=0.4, average=0.9995, kl_warmup=0, clip_norm=1.0, every_glimpse=True, precision='auto')
+READ = TrainOptions(learning_rate=2e-3, decay=0.4, average=0.9995, kl_warmup=0, clip_norm=1.0)
 RECIPES = {
     'mnist': replace(MUON, epochs=200, growth=((16, 10), (32, 20))),
     'mnist_no_attention': replace(MUON, epochs=80, growth=((16, 10), (32, 15))),
@@ -93,7 +93,7 @@ RECIPES = {
     'cifar10': replace(MUON, epochs=100, growth=((16, 10), (32, 20))),
     'two_digits': replace(MUON, epochs=100),
     'cluttered_4': replace(READ, epochs=500),
-    'cluttered_8': replace(READ, epochs=400),
+    'cluttered_8': replace(READ, epochs=400, growth=((4, 100),), learning_rate=1.5e-3),
     'cluttered_convolutional': TrainOptions(epochs=280, kl_warmup=0, clip_norm=1.0),
 }
 ADAM = TrainOptions(learning_rate=1.5e-3, kl_warmup=1000, precision='auto')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['generator_for', 'moving_average', 'save_state', 'load_state', 'save_weights', 'check_folder', 'open_run',
-           'add_segment', 'write_run', 'read_metrics', 'keep_metrics', 'Task', 'choose_precision', 'machine', 'train',
-           'Log']
+           'add_segment', 'tell_segments', 'write_run', 'read_metrics', 'keep_metrics', 'Task', 'choose_precision',
+           'machine', 'train', 'Log']
 
 # %% ../nbs/60_training.ipynb #48bd0bb0
 import json, os, platform, shutil, warnings
@@ -144,6 +144,18 @@ def add_segment(
     kept = [s for s in segments if s['from_step'] < segment['from_step']]
     if kept and {**kept[-1], 'from_step': segment['from_step']} == segment: return kept
     return [*kept, segment]
+
+def tell_segments(
+    segments: list[dict], # Of a run
+    per_epoch: int, # Updates in an epoch
+) -> list[str]: # A line for each
+    "What a run was made with, in words"
+    lines = []
+    for s, following in zip(segments, [*segments[1:], None]):
+        until = 'the end' if following is None else f'epoch {following["from_step"] / per_epoch:g}'
+        made = f'{s["processes"]} process{"es" * (s["processes"] > 1)}, {s["precision"]}, {s["hardware"]}, {s["software"]}' if 'hardware' in s else s['precision']
+        lines.append(f'from epoch {s["from_step"] / per_epoch:g} to {until}: a schedule of {s["epochs"]} epochs; {made}' + (f'; {s["note"]}' if 'note' in s else ''))
+    return lines
 
 def write_run(
     out: Path, # Folder of the run, made if it is not there

@@ -4,7 +4,7 @@
 
 MNIST on the fixed binarisation without attention, 8 glimpses, three epochs; one choice at a time differs from the base. The last rows are the network with
 attention at 16 glimpses: three seeds, and the choices that may matter more there; then the recipe of `draw train mnist`, its first window, optimisers,
-rates, clipping, and its stages beside those of the recipe before it. Rows named with --only are run and replace those of the same name in the
+rates, clipping, and its stages beside those of the recipe before it; last a classifier. Rows named with --only are run and replace those of the same name in the
 file. About three hours of one core; the test images are not used."""
 import argparse, json, subprocess, sys
 from dataclasses import replace
@@ -12,6 +12,7 @@ from math import log
 from pathlib import Path
 import torch
 from torch import nn
+from draw_nbdev.classifier import CLASSIFIERS, train_classifier
 from draw_nbdev.data_sets import find
 from draw_nbdev.model import preset
 from draw_nbdev.options import RECIPES, TrainOptions
@@ -95,20 +96,27 @@ VARIANTS |= {
     'T = 64 from the start, 1 pixel': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), PIXEL),
 }
 
+READING = TrainOptions(epochs=12, learning_rate=2e-3, kl_warmup=0, clip_norm=1.0, decay=0.4, valid_images=5000)
+VARIANTS |= {f'classifier, {name}': ('classifier', around(READING, **options), {}, None) for name, options in { # cluttered MNIST, four glimpses
+    'adam 2e-3': {}, 'adam 4e-3': dict(learning_rate=4e-3), 'adam 2e-3, every glimpse': dict(every_glimpse=True),
+    'muon 5e-4': dict(optimizer='muon', learning_rate=5e-4), 'muon 3e-3': dict(optimizer='muon', learning_rate=3e-3),
+    'muon 3e-3, every glimpse': dict(optimizer='muon', learning_rate=3e-3, every_glimpse=True)}.items()}
+
 def run(
     name: str, # In `VARIANTS`
     out: Path, # Folder of the runs
-    sets: tuple, # Training and validation images
 ) -> dict: # One row of the study
     "Train, or read what is there"
     part, options, sizes, task = VARIANTS[name]
-    config, folder = replace(preset('mnist_no_attention', glimpses=8), **sizes), out / ''.join(c if c.isalnum() else '_' for c in name)
-    train(config, *sets, folder, replace(BASE, **options), task)
+    folder, options = out / ''.join(c if c.isalnum() else '_' for c in name), replace(BASE, **options)
+    data, score, other = ('cluttered_mnist', 'error', 'cross_entropy') if part == 'classifier' else ('mnist_fixed', 'bound', 'latent')
+    train_set, valid_set = (find(data, split) for split in ('train', 'valid'))
+    if part == 'classifier': train_classifier(CLASSIFIERS['cluttered_4'], train_set, valid_set, folder, options)
+    else: train(replace(preset('mnist_no_attention', glimpses=8), **sizes), train_set, valid_set, folder, options, task)
     rows = [row for row in read_metrics(folder) if row['split'] == 'valid']
-    curve = [{key: row[key] for key in ('epoch', 'glimpses', 'bound', 'cpu_seconds')} for row in rows]
-    return {'name': name, 'part': part, 'changes': options | sizes, **{f'valid_{key}': rows[-1][key] for key in ('bound', 'bound_se', 'latent')},
-            'images': options.get('valid_images') or len(sets[1]), 'epochs': rows[-1]['epoch'] + 1, 'cpu_seconds': rows[-1]['cpu_seconds'],
-            **machine(torch.device('cpu')), 'curve': curve}
+    return {'name': name, 'part': part, 'changes': VARIANTS[name][1] | sizes, **{f'valid_{key}': rows[-1][key] for key in (score, f'{score}_se', other)},
+            'images': options.valid_images or len(valid_set), 'epochs': rows[-1]['epoch'] + 1, 'cpu_seconds': rows[-1]['cpu_seconds'],
+            **machine(torch.device('cpu')), 'curve': [{key: row[key] for key in ('epoch', 'glimpses', score, 'cpu_seconds')} for row in rows]}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,7 +127,7 @@ if __name__ == '__main__':
         for name in arguments.only: subprocess.run([sys.executable, __file__, arguments.out, '--only', name], check=True)
         sys.exit()
     torch.set_num_threads(1)
-    row = run(arguments.only[0], arguments.out, (find('mnist_fixed', 'train'), find('mnist_fixed', 'valid')))
+    row = run(arguments.only[0], arguments.out)
     known = {r['name']: r for r in json.loads(OUT.read_text(encoding='utf-8'))['rows']} if OUT.is_file() else {}
     known[row['name']] = row
     study = {'data': 'mnist_fixed', 'glimpses': 8, 'base': {key: getattr(BASE, key) for key in SHOWN},
@@ -127,4 +135,5 @@ if __name__ == '__main__':
     partial = OUT.with_suffix('.tmp')
     partial.write_text(json.dumps(study, indent=1) + '\n', encoding='utf-8')
     partial.replace(OUT)
-    print(f'{row["name"]:24} {row["valid_bound"]:7.2f} nats, {row["cpu_seconds"] / 60:5.1f} CPU minutes', flush=True)
+    value = f'{row["valid_bound"]:7.2f} nats' if 'valid_bound' in row else f'{100 * row["valid_error"]:7.2f} %'
+    print(f'{row["name"]:24} {value}, {row["cpu_seconds"] / 60:5.1f} CPU minutes', flush=True)

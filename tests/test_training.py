@@ -42,7 +42,7 @@ def toy_train(out, options=OPTIONS, batches=None, config=CONFIG):
     images.left = math.inf if batches is None else batches
     return train(config, images, toy_images('valid'), out, options)
 
-def timeless(row): return {k: v for k, v in row.items() if k not in ('images_per_s', 'seconds', 'cpu_seconds')}
+def timeless(row): return {k: v for k, v in row.items() if k not in ('images_per_s', 'seconds', 'cpu_seconds', 'files')}
 
 def outcome(out):
     "Everything that a run leaves behind and that does not depend on the clock"
@@ -370,11 +370,12 @@ def test_malicious_pickles_do_run_code_elsewhere(tmp_path):
 @pytest.mark.parametrize('write', [lambda thing, file: file.write_bytes(pickle.dumps(thing, protocol=2)), lambda thing, file: torch.save(thing, file)], ids=['pickle', 'torch'])
 @pytest.mark.parametrize('name', ['optimizer.bin', 'pytorch_model.bin', 'random_states_0.pkl'])
 def test_states_run_no_code(name, write, undisturbed, tmp_path):
-    "A state with a malicious pickle is refused in one line; random states are not needed, and so may be ignored"
+    "A state with a malicious pickle and the right checksums is refused in one line; random states are not needed, and so may be ignored"
     out = tmp_path / 'run'
     state = stopped_run(out)
     if name == 'pytorch_model.bin': (state / 'model.safetensors').unlink()
     write(Malicious(tmp_path / 'owned'), state / name)
+    signed_again(state)
     if name == 'random_states_0.pkl':
         toy_train(out)
         assert_same(out, undisturbed)
@@ -391,6 +392,75 @@ def test_damaged_states_are_refused(name, damage, tmp_path):
     damage(state / name)
     with pytest.raises((ValueError, OSError)) as caught: toy_train(tmp_path / 'run')
     assert '\n' not in str(caught.value) and state.name in str(caught.value)
+
+def other_progress(state, **changes):
+    "progress.json with other values"
+    file = state / 'progress.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+def saved_again(state, name, change):
+    "optimizer.bin or the like after a change to what it holds, still a file that can be loaded"
+    held = torch.load(state / name, weights_only=True)
+    change(held)
+    torch.save(held, state / name)
+
+def signed_again(state):
+    "A state with the right checksums, whatever is in it"
+    other_progress(state, files=training.checksums(state))
+
+def with_nan(state):
+    "A number in the averaged weights that is none"
+    weights = load_file(state / 'averaged.safetensors')
+    weights['module.posterior.bias'][0] = math.nan
+    training.save_file(weights, state / 'averaged.safetensors')
+    signed_again(state)
+
+@pytest.mark.parametrize('damage', [
+    *(lambda state, text=text: (state / 'progress.json').write_text(text) for text in ('{}', '[]', 'null', '7', '"step"', '[' * 5000, '{"step": 8}')),
+    lambda state: other_progress(state, step=12), lambda state: other_progress(state, step='8'), lambda state: other_progress(state, files={}),
+    lambda state: saved_again(state, 'optimizer.bin', lambda held: held['state'].clear()),
+    lambda state: saved_again(state, 'optimizer.bin', lambda held: held['state'].pop(3)),
+    with_nan,
+], ids=['empty', 'list', 'null', 'number', 'text', 'deep', 'without checksums', 'another step', 'step in quotes', 'no checksums', 'no moments', 'fewer moments', 'nan'])
+def test_states_that_do_not_belong_together(damage, tmp_path):
+    "Refused before the first write, in one line that names the state; never a run that ends differently"
+    out = tmp_path / 'run'
+    stopped_run(out)
+    damage(next(out.glob('state-*')))
+    before = {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file() and p.name != 'run.lock'}
+    with pytest.raises(ValueError, match='state-00000008 is damaged') as caught: toy_train(out)
+    assert '\n' not in str(caught.value) and len(str(caught.value)) < 500
+    assert {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file() and p.name != 'run.lock'} == before
+
+def test_two_runs_in_one_folder(start, undisturbed, tmp_path):
+    "The second is refused in one line while the first is at work, loses it nothing, and may go on after it has been killed"
+    out, report = tmp_path / 'run', tmp_path / 'report'
+    first = start(out, slow_to_make=3)
+    until = time.monotonic() + 60
+    while not (out / 'run.json.tmp').exists() and time.monotonic() < until: time.sleep(0.01)
+    assert finish(start(out, report=report)) == [0]
+    assert 'is being written by another run' in json.loads(report.read_text())[1]
+    assert finish(first) == [0]
+    assert_same(out, undisturbed)
+    killed = start(tmp_path / 'killed', die_at=40)
+    finish(killed)
+    toy_train(tmp_path / 'killed')
+    assert_same(tmp_path / 'killed', undisturbed)
+
+@pytest.mark.parametrize('text', ['[]', 'null', '3', '{}', '{"config": 1, "options": 2, "data": 3}', '{"config": {}, "options": {"seed": null}, "data": []}', '[' * 5000,
+                                  '{"config": {}, "options": {}, "data": {}, "segments": 5}', '{"config": {}, "options": {}, "data": {}, "segments": [5]}'])
+def test_run_json_of_another_shape(text, tmp_path):
+    "Valid JSON that is not a run's, in one line that names the file"
+    out = tmp_path / 'run'
+    out.mkdir()
+    (out / 'run.json').write_text(text)
+    with pytest.raises(ValueError, match='run') as caught: toy_train(out)
+    assert '\n' not in str(caught.value) and str(out) in str(caught.value)
+
+def test_metrics_of_another_shape(tmp_path):
+    "Lines that are no metrics are left out"
+    (tmp_path / 'metrics.jsonl').write_text('[]\n3\nnull\n{}\n{"step": "1"}\n{"step": 1}\n{"step": 2')
+    assert read_metrics(tmp_path) == [{'step': 1}]
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.safetensors'])
 def test_weights_run_no_code(name, tmp_path):

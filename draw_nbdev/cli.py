@@ -6,9 +6,10 @@
 __all__ = ['app', 'PRESET', 'MODEL', 'SEED', 'DATA', 'IMAGES', 'SIZE', 'GLIMPSES', 'SPLIT', 'RUN', 'RECIPE', 'EPOCHS', 'STAGES',
            'READ_SIZE', 'BATCH_SIZE', 'OPTIMIZER', 'LEARNING_RATE', 'FINAL_RATE', 'DECAY', 'RATE_WARMUP', 'CLIP_NORM',
            'AVERAGE', 'PRECISION', 'PROCESSES', 'VALID_IMAGES', 'SAVE_EVERY', 'leads', 'find_data', 'write_json',
-           'parse_glimpses', 'plan', 'parse_limit', 'process_count', 'processes', 'death', 'end_with', 'run', 'recipes',
-           'train_command', 'say_error', 'say_data', 'classify_command', 'say_bound', 'evaluate_command',
-           'generate_command', 'reproduce_command', 'benchmark_command', 'data_command', 'main']
+           'parse_glimpses', 'plan', 'parse_limit', 'check_memory', 'parameters', 'check_training', 'process_count',
+           'processes', 'death', 'end_with', 'run', 'recipes', 'train_command', 'say_error', 'say_data',
+           'classify_command', 'say_bound', 'evaluate_command', 'generate_command', 'reproduce_command',
+           'benchmark_command', 'data_command', 'main']
 
 # %% ../nbs/85_cli.ipynb #46ae575f
 import json, os, signal, socket, subprocess, sys, tempfile, threading, time
@@ -104,6 +105,24 @@ def parse_limit(text):
     if text == 'none': return None
     try: return float(text)
     except ValueError: raise ValueError(f'--clip-norm {text!r} is neither a number nor none') from None
+
+def check_memory(what, numbers):
+    "Raise `ValueError` for what would take more numbers, of four bytes each, than the machine has memory for"
+    import psutil
+    needed, there = 4 * numbers / 2**30, psutil.virtual_memory().total / 2**30
+    if needed > there: raise ValueError(f'{what} would need {needed:,.0f} GB of memory, and this machine has {there:,.0f} GB: choose smaller numbers')
+
+def parameters(config):
+    "About how many numbers a network has"
+    c, pixels = config, config.channels * config.height * config.width
+    if not hasattr(c, 'latent_size'): return c.hidden_size * (4 * (c.hidden_size + c.channels * c.read_size**2) if hasattr(c, 'read_size') else c.filters * pixels // c.filter_stride**2)
+    read, write = (2 * c.channels * c.read_size**2, c.channels * c.write_size**2) if c.attention else (2 * pixels, pixels)
+    return c.hidden_size * (4 * (read + 3 * c.hidden_size + c.latent_size) + 2 * c.latent_size + write) + pixels
+
+def check_training(config, options):
+    "Weights, gradient, average and moments; and what every step of a batch keeps"
+    kept = options.batch_size * config.glimpses * (12 * config.hidden_size + config.channels * config.height * config.width)
+    check_memory('this network, or so many images and steps at once,', 5 * parameters(config) + kept)
 
 def process_count(batch_size, asked):
     "How many processes share a batch: as many as asked for, else one for each core, as long as each has 16 images and all have equally many"
@@ -238,6 +257,7 @@ def train_command(
     config, options = plan(PRESETS, preset, recipe, glimpses, epochs, sizes, dict(
         batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate, final_rate=final_rate, decay=decay, rate_warmup=rate_warmup,
         kl_warmup=kl_warmup, clip_norm=clip_norm, average=average, precision=precision, valid_images=valid_images, save_every=save_every, seed=seed))
+    check_training(config, options)
     count, out = process_count(options.batch_size, processes), out or Path('runs') / preset
     check_folder(out, 'run.json')
     default = preset.removesuffix('_no_attention')
@@ -292,6 +312,7 @@ def classify_command(
     config, options = plan(CLASSIFIERS, preset, recipe, glimpses, epochs, dict(hidden_size=hidden_size, read_size=read_size), dict(
         batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate, final_rate=final_rate, decay=decay, rate_warmup=rate_warmup,
         clip_norm=clip_norm, every_glimpse=every_glimpse, average=average, precision=precision, valid_images=valid_images, save_every=save_every, seed=seed))
+    check_training(config, options)
     count, out = process_count(options.batch_size, processes), out or Path('runs') / preset
     check_folder(out, 'run.json')
     train_set, valid_set, chosen = (find('cluttered_mnist', name) for name in ('train', 'valid', split))
@@ -337,7 +358,11 @@ def evaluate_command(
     kind = network_class(model)
     if kind is not DRAW and (samples is not None or seeds != 1):
         raise ValueError(f'{model} is a classifier, in which nothing is random: leave --samples and --seeds out')
+    for name, value in (('seeds', seeds), ('samples', samples), ('glimpses', glimpses), ('limit', limit)):
+        if value is not None and value < 1: raise ValueError(f'--{name} must be at least 1, got {value}')
     network, history = kind.from_pretrained(model), find_weights(model)
+    check_memory('so many steps', 1000 * (glimpses or 1) * network.config.hidden_size)
+    check_memory('so many seeds or samples', 10_000 * seeds * (glimpses or network.config.glimpses) + 2000 * (samples or 1))
     history = history and history / 'training.json'
     usual = 'mnist' if kind is DRAW else 'cluttered_mnist'
     trained_on = json.loads(history.read_text(encoding='utf-8')).get('data', {}).get('name') if history and history.is_file() else usual
@@ -368,10 +393,13 @@ def generate_command(
     from draw_nbdev.training import check_folder
     for name, value in (('count', count), ('glimpses', 1 if glimpses is None else glimpses)):
         if value < 1: raise ValueError(f'--{name} must be at least 1, got {value}')
+    if not 0 <= seed < 2**63: raise ValueError(f'--seed must be between 0 and 2^63 - 1, got {seed}')
     check_folder(out, 'generate.json')
     if network_class(model) is not DRAW:
         raise ValueError(f'{model} is a classifier, which reads and does not draw: give a DRAW network, or use draw evaluate')
     network = DRAW.from_pretrained(model)
+    pixels = network.config.channels * network.config.height * network.config.width
+    check_memory(f'{count} images in so many steps', 2 * count * (1 + (glimpses or network.config.glimpses)) * (pixels + network.config.latent_size))
     drawing = network.generate(count, glimpses, torch.Generator().manual_seed(seed))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / 'generate.json', {'model': model, 'count': count, 'glimpses': glimpses or network.config.glimpses, 'seed': seed})
@@ -409,6 +437,8 @@ def benchmark_command(
     import pandas as pd
     from draw_nbdev.benchmark import benchmark
     if json_file and json_file.exists(): raise ValueError(f'{json_file} exists: choose another --json, or remove it')
+    if json_file and not json_file.parent.is_dir(): raise ValueError(f'{json_file.parent} is no folder: make it first, or choose another --json')
+    if not 0 < seconds < 86400: raise ValueError(f'--seconds must be above 0 and at most a day, got {seconds}')
     both = (True, False) if attention is None else (attention,)
     rows = benchmark(tuple(preset or ['mnist']), tuple(batch or [100, 256]), tuple(glimpses or [16, 32, 64]), both, tuple(side or [None]), seconds)
     typer.echo(pd.DataFrame(rows).round({'images_per_s': 1, 'floor_share': 2, 'peak_mb': 0}).to_string(index=False))
@@ -427,7 +457,8 @@ def data_command():
 def main():
     "The command `draw`"
     interrupted = 130, 'interrupted; the same command goes on from the last saved state'
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C
+    alone = threading.current_thread() is threading.main_thread() and 'RANK' not in os.environ
+    if alone: signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C
     try:
         code = app(standalone_mode=False) or 0
         if code != 130: sys.exit(code)

@@ -41,7 +41,8 @@ class TrainOptions:
         for name in ('learning_rate', 'clip_norm'):
             value = getattr(self, name)
             if name == 'clip_norm' and value is None: continue
-            if not 0 < value < float('inf'): raise ValueError(f'{name} must be above 0 and finite, got {value}')
+            if not 0 < value < 1e9: raise ValueError(f'{name} must be above 0 and below 1e9, got {value}')
+        if self.seed >= 2**63: raise ValueError(f'seed must be below 2^63, got {self.seed}')
         if not 0 <= self.average < 1: raise ValueError(f'average must be at least 0 and below 1, got {self.average}')
         if not 0 <= self.final_rate <= 1: raise ValueError(f'final_rate must be between 0 and 1, got {self.final_rate}')
         if not 0 < self.decay <= 1: raise ValueError(f'decay must be above 0 and at most 1, got {self.decay}')

@@ -142,6 +142,7 @@ def open_run(
         first = {'from_step': 0, 'epochs': run['options']['epochs'], 'precision': run['options']['precision']}
         segments = run.get('segments', [first])
         for segment in segments: segment['from_step'] + 0
+    if not any(out.glob('state-*')) and not (out / 'best').exists(): return [] # of a run that left nothing, nothing is lost
     free = {'options.epochs', 'options.precision'}
     same = json.loads(json.dumps(there))
     differing = sorted(name for name in (there.keys() | here.keys()) - free if same.get(name) != here.get(name))

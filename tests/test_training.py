@@ -661,6 +661,13 @@ def test_other_settings_are_refused(different, named, undisturbed, tmp_path):
     assert named in str(caught.value) and '--out' in str(caught.value) and '\n' not in str(caught.value)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')} == before
 
+def test_a_run_that_left_nothing_is_no_obstacle(tmp_path):
+    "Options that failed before the first state can be put right in the same folder"
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', replace(OPTIONS, learning_rate=0.5), batches=2)
+    toy_train(tmp_path / 'run')
+    toy_train(tmp_path / 'whole')
+    assert_same(tmp_path / 'run', tmp_path / 'whole')
+
 def test_folders_that_are_no_runs_are_left_alone(tmp_path):
     "Somebody's files, a file where a folder should be, and a run.json that is damaged"
     (tmp_path / 'letters').mkdir(); (tmp_path / 'letters/dear.txt').write_text('Dear')

@@ -490,6 +490,26 @@ def test_growth_goes_on_inside_every_stage(tmp_path):
     assert [row['glimpses'] for row in rows if row['split'] == 'valid'] == [1, 2, 3]
     assert [row['glimpses'] for row in rows if row['split'] == 'train'] == 6 * [1] + 6 * [2] + 6 * [3]
 
+def test_validation_of_a_stage(tmp_path):
+    "While the number of steps grows, averaged weights are validated with the steps of their stage, on as many images as asked for"
+    options = replace(OPTIONS, growth=((1, 2),), valid_images=5)
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', options, batches=6)
+    model = DRAW(CONFIG)
+    model.load_state_dict({key.removeprefix('module.'): value for key, value in load_file(tmp_path / 'run/state-00000006/averaged.safetensors').items() if key != 'n_averaged'})
+    row = next(row for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid')
+    here, full = (evaluate(model, toy_images('valid'), glimpses=glimpses, limit=5).bound for glimpses in (1, 3))
+    assert math.isclose(row['bound'], here, rel_tol=1e-6) and not math.isclose(here, full, rel_tol=1e-3)
+
+def test_best_weights_are_those_of_the_last_stage(tmp_path):
+    "Bounds of different numbers of steps are not compared: the best of the last stage is kept, even if an earlier stage was lower"
+    class Scripted(training.Task):
+        def validate(self, model, data, glimpses, limit):
+            return super().validate(model, data, glimpses, limit) | {'bound': next(scores)}
+    for kept, scores in ((3, (5, 9, 7, 8)), (4, (5, 9, 9, 7)), (2, (5, 7, 8, 9))):
+        scores, out = iter(scores), tmp_path / str(kept)
+        train(CONFIG, toy_images(), toy_images('valid'), out, replace(OPTIONS, epochs=4, growth=((1, 1),)), Scripted())
+        assert json.loads((out / 'best/training.json').read_text())['epochs'] == kept
+
 MUON = replace(OPTIONS, optimizer='muon', decay=0.5, clip_norm=None)
 
 def test_muon_goes_on(start, tmp_path):

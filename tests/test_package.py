@@ -50,6 +50,7 @@ def test_notebooks_and_package_agree(tmp_path):
     shutil.copy(ROOT/'settings.ini', tmp_path)
     shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.*'))
     (tmp_path/NAME).mkdir()
+    shutil.copy(ROOT/NAME/'__init__.py', tmp_path/NAME) # of which nbdev writes the version alone
     run(sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=tmp_path)
     exported = {o.name: o.read_text(encoding='utf-8') for o in (tmp_path/NAME).glob('*.py')}
     committed = {o.name: o.read_text(encoding='utf-8') for o in (ROOT/NAME).glob('*.py')}
@@ -118,3 +119,11 @@ def test_package_ships_data_and_weights(tmp_path):
     wanted = [o.relative_to(ROOT/NAME) for part in ('assets', 'pretrained') for o in (ROOT/NAME/part).rglob('*') if o.is_file()]
     missing = [o for o in wanted if not (built/o).is_file()]
     assert wanted and not missing, f'not shipped: {missing}'
+
+def test_names_of_the_package():
+    "What most programs use comes from the package itself, when it is asked for; importing the package imports nothing else"
+    code = ("import sys, draw_nbdev; assert 'torch' not in sys.modules and 'DRAW' in dir(draw_nbdev)\n"
+            "from draw_nbdev import *; import draw_nbdev.model as m, draw_nbdev.training as t\n"
+            "assert DRAW is m.DRAW and train is t.train and set(draw_nbdev.__all__) <= set(globals())\n"
+            "try: draw_nbdev.DARW\nexcept AttributeError as error: assert 'DARW' in str(error)\nelse: raise SystemExit('no AttributeError')")
+    run(sys.executable, '-c', code, cwd=ROOT)

@@ -117,7 +117,7 @@ def test_package_ships_data_and_weights(tmp_path):
     run(sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), 'build', '--build-base', str(tmp_path/'build'), cwd=ROOT)
     built = next(tmp_path.glob('build/lib*'))/NAME
     wanted = [o.relative_to(ROOT/NAME) for part in ('assets', 'pretrained') for o in (ROOT/NAME/part).rglob('*') if o.is_file()]
-    missing = [o for o in wanted if not (built/o).is_file()]
+    missing = [o for o in [*wanted, Path('py.typed')] if not (built/o).is_file()]
     assert wanted and not missing, f'not shipped: {missing}'
 
 def test_names_of_the_package():

@@ -495,7 +495,10 @@ def test_validation_of_a_stage(tmp_path):
     options = replace(OPTIONS, growth=((1, 2),), valid_images=5)
     with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', options, batches=6)
     model = DRAW(CONFIG)
-    model.load_state_dict({key.removeprefix('module.'): value for key, value in load_file(tmp_path / 'run/state-00000006/averaged.safetensors').items() if key != 'n_averaged'})
+    averaged = {key.removeprefix('module.'): value for key, value in load_file(tmp_path / 'run/state-00000006/averaged.safetensors').items() if key != 'n_averaged'}
+    model.load_state_dict(averaged)
+    best = load_file(tmp_path / 'run/best/model.safetensors')
+    assert all(torch.equal(best[key], averaged[key]) for key in averaged) # these are kept, not the weights that go on learning
     row = next(row for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid')
     here, full = (evaluate(model, toy_images('valid'), glimpses=glimpses, limit=5).bound for glimpses in (1, 3))
     assert math.isclose(row['bound'], here, rel_tol=1e-6) and not math.isclose(here, full, rel_tol=1e-3)

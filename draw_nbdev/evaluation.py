@@ -46,7 +46,8 @@ def evaluate(
     rows: int = 500, # Images in one pass: bounds the memory
 ) -> Evaluation: # Raises `ValueError` where images and network do not fit
     "Bound, its parts and its errors over a set; the same numbers again for the same arguments"
-    if min(seeds, samples or 1, limit or 1, glimpses or 1) < 1: raise ValueError('seeds, samples, limit and glimpses must be at least 1')
+    for name, value in dict(glimpses=glimpses, seeds=seeds, samples=samples, limit=limit, rows=rows).items():
+        if value is not None and value < 1: raise ValueError(f'{name} must be at least 1, not {value}')
     count, T = min(limit or len(data), len(data)), glimpses or model.config.glimpses
     device = model.initial_canvas.device
     passes = [(seed, start) for seed in range(seeds) for start in range(0, count, rows)]
@@ -57,7 +58,7 @@ def evaluate(
         noise = torch.randn(T, len(images), model.config.latent_size, generator=generator)
         parts = bound(model(images.to(device), noise.to(device)), images.to(device))
         results[seed].append((parts.total, parts.reconstruction, parts.latent, parts.per_step))
-    total, reconstruction, latent, per_step = (torch.stack([torch.cat(v, dim=-1) for v in part]).double().cpu()
+    total, reconstruction, latent, per_step = (torch.stack([torch.cat(v, dim=-1) for v in part]).cpu().double()
                                                for part in zip(*(zip(*results[seed]) for seed in range(seeds))))
     weighted = None
     if samples:
@@ -65,7 +66,7 @@ def evaluate(
         def part(start):
             images = data.batch(torch.arange(start, min(start + rows, count)), generator).to(device)
             return importance_weighted_bound(model, images, samples, generator, rows, T)
-        weighted = torch.cat([part(start) for start in tqdm(range(0, count, rows), disable=None, leave=False, desc=f'k = {samples}')]).double().cpu()
+        weighted = torch.cat([part(start) for start in tqdm(range(0, count, rows), disable=None, leave=False, desc=f'k = {samples}')]).cpu().double()
     error = lambda values: (values.std() / len(values)**0.5).item() if len(values) > 1 else float('nan')
     return Evaluation(
         data=data.name, split=data.split, note=data.note, images=count, glimpses=T, seeds=seeds,
@@ -78,14 +79,15 @@ def evaluate(
 def nearest_images(
     queries: Tensor, # Images to look for, values in 0..1, shape (count, channels, height, width)
     data: Images, # Where to look
-    rows: int = 5000, # Images compared at once: bounds the memory
+    rows: int = 1000, # Images compared at once: bounds the memory
 ) -> tuple[Tensor, Tensor]: # Index of the nearest image, shape (count,), and its distance in pixel L2, shape (count,)
     "Exact nearest neighbours in pixel space"
-    flat = queries.flatten(1)
-    best, index = torch.full((len(flat),), torch.inf), torch.zeros(len(flat), dtype=torch.long)
+    flat = queries.flatten(1).double()
+    best, index = torch.full((len(flat),), torch.inf).double(), torch.zeros(len(flat), dtype=torch.long)
     for start in range(0, len(data), rows):
-        chunk = data.batch(torch.arange(start, min(start + rows, len(data)))).flatten(1)
-        squared, nearest = ((chunk**2).sum(1) - 2 * flat @ chunk.T).min(1)
-        closer = squared < best
-        best, index = torch.where(closer, squared, best), torch.where(closer, nearest + start, index)
-    return index, (best + (flat**2).sum(1)).clamp(min=0).sqrt()
+        chunk = data.batch(torch.arange(start, min(start + rows, len(data)))).flatten(1).double()
+        nearest = ((chunk**2).sum(1) - 2 * flat @ chunk.T).argmin(1)
+        distance = (flat - chunk[nearest]).norm(dim=1)
+        closer = distance < best
+        best, index = torch.where(closer, distance, best), torch.where(closer, nearest + start, index)
+    return index, best.to(queries.dtype)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .attention import filters, read_patch
 from .data import Images
 from .filterbank import Window, attention_window
-from .model import DRAW, LSTMCell, Pretrained, check_sizes, explained, find_weights, preset, stack_windows
+from .model import DRAW, LSTMCell, Pretrained, check_sizes, explained, find_weights, hub_name, preset, stack_windows
 from .muon import make_optimizers
 from .options import RECIPES, TrainOptions
 from .plots import READ_COLOR, draw_windows, image_grid
@@ -157,13 +157,13 @@ def network_class(
 ) -> type[nn.Module]: # `DRAW`, `DifferentiableRAM` or `Convolutional`
     "Which network the weights called `name` are for, told by the fields of their configuration; raises `ValueError` where it cannot be read"
     folder = find_weights(name)
-    file = folder / 'config.json' if folder else Path(hf_hub_download(str(name), 'config.json'))
+    file = folder / 'config.json' if folder else Path(hf_hub_download(hub_name(name), 'config.json'))
     with explained(ValueError, f'the config.json of {name} is damaged', ValueError, TypeError):
         fields = set(json.loads(file.read_text(encoding='utf-8')))
     return Convolutional if 'filters' in fields else DifferentiableRAM if 'classes' in fields else DRAW
 
 def load_classifier(
-    name: str | Path, # A packaged name, the folder of a run or of weights, or owner/name on the Hugging Face Hub
+    name: str | Path, # A packaged name, the folder of a run or of weights, or hf://owner/name on the Hugging Face Hub
 ) -> nn.Module: # `DifferentiableRAM` or `Convolutional`, in evaluation mode
     "A trained classifier; raises `ValueError` for weights of a DRAW network and for damaged ones"
     network = network_class(name)

@@ -25,7 +25,7 @@ app = typer.Typer(help='DRAW, a recurrent neural network that generates images i
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 PRESET = Annotated[str, typer.Argument(help='Sizes of the network: mnist, mnist_no_attention, svhn, cifar10 or two_digits.')]
-MODEL = Annotated[str, typer.Argument(help='A packaged name, the folder of a run or of weights, or owner/name on the Hugging Face Hub.')]
+MODEL = Annotated[str, typer.Argument(help='A packaged name, the folder of a run or of weights, or hf://owner/name on the Hugging Face Hub.')]
 SEED = Annotated[int, typer.Option(help='Source of everything random.')]
 DATA = Annotated[str | None, typer.Option(help='Data set, one of those that `draw data` lists. Default: the one that goes with the network.')]
 IMAGES = Annotated[Path | None, typer.Option(help='Folder or zip of your own images, instead of --data.')]

@@ -1,5 +1,5 @@
 """`draw train` that is the first of several processes: progress, errors, Ctrl-C, kill and resuming behave as with one"""
-import json, os, re, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from draw_nbdev.training import read_metrics
 
+pytestmark = pytest.mark.skipif(shutil.which('ps') is None, reason='no ps here, which finds processes that were left behind')
 START = 'from draw_nbdev.cli import main; main()' # what the command `draw` does, and how its other processes can be told
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 from draw_nbdev import cli
 from draw_nbdev.classifier import CLASSIFIERS
-from draw_nbdev.model import PRESETS
+from draw_nbdev.model import PRESETS, PRETRAINED
+from huggingface_hub import ModelCard
 from draw_nbdev.options import RECIPES, TrainOptions, recipe
 
 ROOT = Path(__file__).parent.parent
@@ -81,3 +82,16 @@ def test_folder_and_processes_arrive():
         *_, out, _, count = parsed(f'draw {verb} {network} --out here/there --processes 4')
         assert out == Path('here/there') and count == 4
         assert parsed(f'draw {verb} {network}')[-3] == Path('runs') / network
+
+@pytest.mark.parametrize('name', sorted(folder.name for folder in PRETRAINED.iterdir()))
+def test_model_cards(name, monkeypatch):
+    "Every packaged network has a card that the Hub can read, and that says what its files say"
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    from cards import card
+    text = (PRETRAINED / name / 'README.md').read_text(encoding='utf-8')
+    assert text == card(name), 'run tools/cards.py'
+    front = ModelCard(text).data
+    assert front.license == 'mit' and front.library_name == 'draw_nbdev'
+    history = json.loads((PRETRAINED / name / 'training.json').read_text())
+    value = f'{history["valid_bound"]:.2f}' if 'valid_bound' in history else f'{100 * history["valid_error"]:.2f} %'
+    assert f'| validation | {value} |' in text and history['data']['train'] in text

@@ -3,9 +3,10 @@
     python tools/package.py RUN NAME       NAME as in draw_nbdev.reproduce.EXPERIMENTS: mnist, cluttered_8, svhn_sample, ...
 
 Weights are stored in half precision where that moves the value on validation images by less than the limits below, else as they are.
-The curve of the run goes along, thinned."""
+The curve of the run goes along, thinned, and a model card (tools/cards.py)."""
 import argparse, json
 from pathlib import Path
+from cards import card
 from safetensors.torch import load_file, save_file
 from draw_nbdev.classifier import classification_error, load_classifier
 from draw_nbdev.data_sets import find
@@ -42,14 +43,15 @@ def package(
     out.parent.mkdir(exist_ok=True)
     before = score(model, valid, kind)
     save_weights(model, out, history)
-    (out / 'README.md').unlink(missing_ok=True) # the Hub's card, without a word about these weights
     whole, file = load_file(out / 'model.safetensors'), out / 'model.safetensors'
-    save_file({key: value.half() for key, value in whole.items()}, file)
+    metadata = {'format': 'pt', 'draw_nbdev': history['version'], 'train': history['data']['train']} # the checksum of what was learned from
+    save_file({key: value.half() for key, value in whole.items()}, file, metadata)
     moved = abs(score(load(out), valid, kind) - before)
-    if moved >= LIMITS[kind]: save_file(whole, file)
+    if moved >= LIMITS[kind]: save_file(whole, file, metadata)
     file.chmod((out / 'config.json').stat().st_mode)
     history['half_precision'] = {'used': moved < LIMITS[kind], 'moves_valid_by': moved}
     (out / 'training.json').write_text(json.dumps(history, indent=2), encoding='utf-8')
+    (out / 'README.md').write_text(card(name), encoding='utf-8')
     (out / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in thinned(read_metrics(run))), encoding='utf-8')
     print(f'{out.relative_to(Path.cwd())}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB, valid {before:.4f}, half precision moves it by {moved:.4f}')
 

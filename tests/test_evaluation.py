@@ -90,6 +90,13 @@ def test_the_same_again(model):
     assert not torch.equal(torch.cat(bits[:3]), torch.cat(bits[3:]))
 
 
+def test_no_two_images_and_seeds_share_noise(model, data):
+    with_gradients = []
+    model.register_forward_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
+    evaluate(model, data, seeds=4, rows=1)
+    assert len({noise.numpy().tobytes() for _, noise, _ in model.passes}) == len(with_gradients) == 28 and not any(with_gradients)
+
+
 def test_limit_beyond_the_set_and_fewer_glimpses(model, data):
     assert evaluate(model, data, limit=100) == evaluate(model, data)
     result = evaluate(model, data, glimpses=2, samples=2)
@@ -163,6 +170,12 @@ def test_nearest_against_numpy(rows):
     index, distance = nearest_images(queries, data, rows)
     expected, distances = reference(queries, data)
     assert index.tolist() == expected and np.allclose(distance, distances, rtol=1e-6) and distance.dtype == queries.dtype
+
+
+def test_of_equal_images_the_first_counts():
+    pixels = torch.rand(10, 1, 6, 6, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1, 1)
+    index, _ = nearest_images(pixels[:10], Images(pixels, 'three times', 'train'), rows=10)
+    assert index.tolist() == list(range(10))
 
 
 def test_sets_that_draw_afresh():

@@ -7,7 +7,7 @@ __all__ = ['SCANS', 'product_sizes', 'PlainProduct', 'floor_step', 'reference_sc
            'peak_memory', 'benchmark', 'compare']
 
 # %% ../nbs/67_benchmark.ipynb #de542b91
-import itertools, subprocess, sys, time
+import itertools, math, subprocess, sys, time
 from statistics import median
 import torch
 from torch import Tensor
@@ -110,14 +110,17 @@ def run_alone(
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform.startswith('linux') else 1024**2)
 
 def peak_memory(
-    scan: str, # A name in `SCANS`
+    scans: list[str], # Names in `SCANS`
     config: DRAWConfig, # Sizes of the network
     batch: int, # Images in a batch
-) -> float: # In MB, everything included
-    "Largest memory of a new process that trains for three steps"
-    code = ('import torch; from draw_nbdev.benchmark import run_alone; from draw_nbdev.model import DRAWConfig; '
-            f'torch.set_num_threads({torch.get_num_threads()}); print(run_alone({scan!r}, {config}, {batch}))')
-    return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
+) -> dict[str, float]: # Name -> MB, everything included
+    "Largest memory of a new process for each scan that trains for three steps"
+    jobs = ', '.join(f'({scan!r}, {config}, {batch})' for scan in scans)
+    code = ('import multiprocessing, torch; from draw_nbdev.benchmark import run_alone; from draw_nbdev.model import DRAWConfig; '
+            f'torch.set_num_threads({torch.get_num_threads()}); '
+            f'print(*multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1).starmap(run_alone, [{jobs}], chunksize=1))')
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    return dict(zip(scans, map(float, run.stdout.split())))
 
 SCANS = {'reference': reference_scan, 'fused': fused_scan, 'bfloat16': half_scan}
 
@@ -132,6 +135,7 @@ def benchmark(
 ) -> list[dict]: # One for each scan and combination: scan, preset, attention, height, width, batch, glimpses, threads, images_per_s, floor_share, peak_mb
     "Images a second in training, for the scan in float32 and bfloat16 and for the definition, beside what the matrix products alone would allow"
     if min(batches) < 1: raise ValueError(f'a batch must be at least 1, got {min(batches)}')
+    if not 0 <= seconds < math.inf: raise ValueError(f'seconds must be a number of at least 0, got {seconds}')
     rows = []
     for name, with_attention, side, T, batch in itertools.product(presets, attention, sides, glimpses, batches):
         config = preset(name, glimpses=T, attention=with_attention, **(dict(height=side, width=side) if side is not None else {}))
@@ -153,7 +157,7 @@ def compare(
         for scan, step in steps.items():
             start = time.perf_counter(); step()
             times[scan].append(time.perf_counter() - start)
-    typical = {scan: median(taken) for scan, taken in times.items()}
+    typical, peaks = {scan: median(taken) for scan, taken in times.items()}, peak_memory(list(SCANS), config, batch)
     return [dict(scan=scan, preset=name, attention=config.attention, height=config.height, width=config.width, batch=batch, glimpses=config.glimpses, threads=torch.get_num_threads(),
                  images_per_s=batch / typical[scan], floor_share=typical['floor'] / typical[scan],
-                 peak_mb=peak_memory(scan, config, batch) if scan in SCANS else None) for scan in steps]
+                 peak_mb=peaks.get(scan)) for scan in steps]

@@ -83,7 +83,9 @@ class Images:
 def data_root() -> Path: # $DRAW_DATA if set, else the cache of this user
     "The folder of all data sets"
     chosen = os.environ.get('DRAW_DATA')
-    return Path(chosen).expanduser() if chosen else _cache()
+    try: return Path(chosen).expanduser() if chosen else _cache()
+    except RuntimeError:
+        raise ValueError(f'there is no home folder for {f"DRAW_DATA={chosen}" if chosen else "the data"}; set DRAW_DATA to a folder') from None
 
 # %% ../nbs/50_data.ipynb #54611b3f
 def _md5(data) -> str:
@@ -91,12 +93,14 @@ def _md5(data) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 def _cache() -> Path:
-    "This user's cache"
+    "This user's cache; `RuntimeError` for a user without a home folder"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache') / 'draw_nbdev'
 
 def _places(root: str | Path | None) -> list[Path]:
     "The folders to read from, in order"
-    return list(dict.fromkeys([Path(root) if root else data_root(), _cache()]))
+    chosen = Path(root) if root else data_root()
+    try: return list(dict.fromkeys([chosen, _cache()]))
+    except RuntimeError: return [chosen]
 
 def _write(path: Path, data: bytes):
     "Write a whole file or none: other processes never see a part of it, and of several writers the last one wins"

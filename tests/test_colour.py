@@ -1,5 +1,5 @@
 "House numbers and CIFAR-10: layouts, faults and the cache"
-import errno, io, os, pickle, shutil, struct, tarfile, zipfile, zlib
+import errno, io, os, pickle, shutil, struct, tarfile, tracemalloc, zipfile, zlib
 from pathlib import Path
 
 import h5py
@@ -258,6 +258,49 @@ def test_damaged_zip(tmp_path):
     (tmp_path/'n.zip').write_bytes(whole[:spot] + b'damage' + whole[spot + 6:])
     with pytest.raises(ValueError, match='get it again') as error: house_numbers(tmp_path/'n.zip', 'test')
     assert one_line(error) and leftovers(tmp_path) == ['n.zip']
+
+
+@pytest.mark.parametrize('name', ['digitStruct.mat', '2.png'])
+@pytest.mark.parametrize('kind', ['zip', 'tar', 'folder'])
+def test_files_too_large_to_hold(tmp_path, monkeypatch, kind, name):
+    "Refused by the size that is stated, before anything is read"
+    contents = PARTS['test'] | {name: PARTS['test'][name] + bytes(2**20)}
+    monkeypatch.setitem(colour.MOST_BYTES, name, 2**20)
+    place = tmp_path/'numbers'
+    place.mkdir()
+    if kind == 'tar': write_tar(place/'test.tar.gz', 'test', contents)
+    elif kind == 'zip':
+        place = tmp_path/'numbers.zip'
+        with zipfile.ZipFile(place, 'w', zipfile.ZIP_DEFLATED) as archive:
+            for file, content in contents.items(): archive.writestr(f'test/{file}', content)
+    else:
+        (place/'test').mkdir()
+        for file, content in contents.items(): (place/'test'/file).write_bytes(content)
+    with pytest.raises(ValueError, match=f'{name} takes {len(contents[name]):,} bytes, more than') as error: house_numbers(place, 'test')
+    assert one_line(error) and not leftovers(tmp_path/'root')
+
+
+@pytest.mark.parametrize('stated', [8*2**30, 1000])
+def test_zip_that_states_a_wrong_size(tmp_path, stated):
+    "200 MB of zeros in 200 kB: neither a statement of 8 GB nor one of 1000 bytes makes us hold them"
+    path = tmp_path/'n.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, content in PARTS['test'].items(): archive.writestr(f'test/{name}', bytes(200*2**20) if name == 'digitStruct.mat' else content)
+        archive.getinfo('test/digitStruct.mat').file_size = stated   # goes into the directory at the end, which readers believe
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match='takes 8,589,934,592 bytes' if stated > 1000 else 'is damaged') as error: house_numbers(path, 'test')
+        assert one_line(error) and tracemalloc.get_traced_memory()[1] < 2**24
+    finally: tracemalloc.stop()
+
+
+def test_records_that_unpack_to_any_size(tmp_path):
+    "An HDF5 file of some kilobytes can hold a data set of gigabytes"
+    stream = io.BytesIO()
+    with h5py.File(stream, 'w') as file:
+        for field in ('name', 'bbox'): file.create_dataset(f'digitStruct/{field}', shape=(2**30, 1), dtype=np.uint8, chunks=(2**20, 1), compression='gzip')
+    with pytest.raises(ValueError, match='1073741824 values') as error: digit_boxes(stream.getvalue())
+    assert one_line(error)
 
 
 def test_bad_digit_struct(tmp_path):

@@ -41,6 +41,38 @@ def test_data_root(monkeypatch, tmp_path):
     assert data_root() == Path.home()/'.cache'/'draw_nbdev'
 
 
+@pytest.fixture
+def homeless(monkeypatch):
+    "A user whom the system does not know, without a home folder"
+    pwd = pytest.importorskip('pwd')
+    def unknown(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')
+    monkeypatch.setattr(pwd, 'getpwuid', unknown)
+    for name in ('HOME', 'XDG_CACHE_HOME', 'DRAW_DATA'): monkeypatch.delenv(name, raising=False)
+
+
+def test_user_without_a_home_folder(homeless, tmp_path, monkeypatch):
+    "A data folder is enough; without one the error says so"
+    for get in (data_root, mnist, lambda: load('mnist_grey', 'test')):
+        with pytest.raises(ValueError, match='set DRAW_DATA to a folder') as error: get()
+        assert one_line(error)
+    assert data._places(tmp_path) == [tmp_path] and len(load('mnist_grey', 'test', tmp_path)) == 10_000
+    monkeypatch.setenv('DRAW_DATA', str(tmp_path/'root'))
+    monkeypatch.setattr(data, 'FIXED_URL', 'http://127.0.0.1:9/')
+    data._has_fixed.cache_clear()
+    assert mnist_digits('test').name == 'mnist_once' and len(leftovers(tmp_path/'root')) == 4
+    data._has_fixed.cache_clear()
+    (tmp_path/'file').write_text('')
+    with pytest.raises(OSError, match='set DRAW_DATA') as error: mnist(root=tmp_path/'file')
+    assert one_line(error)
+
+
+def test_home_of_nobody(monkeypatch):
+    monkeypatch.setenv('DRAW_DATA', '~no_such_user_here/x')
+    for get in (data_root, mnist, lambda: load('mnist_fixed', 'test')):
+        with pytest.raises(ValueError, match='DRAW_DATA=~no_such_user_here/x; set DRAW_DATA to a folder') as error: get()
+        assert one_line(error)
+
+
 # MNIST out of the package
 
 def test_unpacks_into_the_layout_of_torchvision(places):

@@ -73,6 +73,70 @@ def test_linked_folders_are_followed(tmp_path):
     assert len(image_folder(tmp_path/'here', 'train')) == 1
 
 
+def test_links_neither_hang_nor_multiply(tmp_path):
+    "Two links of a folder into itself, a link beside its aim and one that comes before it: every image counts once, under its own folder"
+    for split in SPLITS:
+        for name in 'abc': save(tmp_path, f'{split}/{name}.png')
+    for link, aim in {'loop': '.', 'train/loop': '..', 'again': 'test', 'train/again': '../test'}.items():
+        (tmp_path/link).symlink_to(aim, target_is_directory=True)
+    assert list(module._only_images(module._files_below(tmp_path))) == [f'{split}/{name}.png' for split in sorted(SPLITS) for name in 'abc']
+    assert [len(image_folder(tmp_path, split)) for split in SPLITS] == [3, 3, 3]
+    (tmp_path/'train/gone.png').symlink_to('nowhere.png')
+    with pytest.raises(ValueError, match='train/gone.png cannot be used') as error: image_folder(tmp_path, 'train')
+    assert one_line(error)
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no named pipes here')
+def test_named_pipes_are_no_images(tmp_path):
+    for name in 'abc': save(tmp_path, f'{name}.png')
+    os.mkfifo(tmp_path/'pipe.png')
+    os.mkfifo(tmp_path/'pipe.zip')
+    assert len(image_folder(tmp_path, 'train')) == 1
+    with pytest.raises(ValueError, match='neither a folder nor a zip'): image_folder(tmp_path/'pipe.zip', 'train')
+
+
+def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    for name in ('a', 'b', 'c', 'locked/d'): save(tmp_path, f'{name}.png')
+    scandir = os.scandir
+    def refuse(path):
+        if Path(path).name == 'locked': raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(ValueError, match='locked cannot be read .*Permission denied') as error: image_folder(tmp_path, 'train')
+    assert one_line(error)
+
+
+def test_no_other_formats(three, monkeypatch):
+    "A PostScript file is not handed to Ghostscript, whatever its name"
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *a, **k: pytest.fail('Ghostscript was called'))
+    (three/'train/a.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 1\n%%EndComments\nshowpage\n%%EOF\n')
+    with pytest.raises(ValueError, match='train/a.png cannot be used as an image .*cannot identify') as error: image_folder(three, 'train')
+    assert one_line(error)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_headers_are_read_once_for_all_splits(tmp_path, monkeypatch, packed):
+    "30 headers and 30 images, not three times 30 headers; what changes is looked at again, and the channels are still those of all splits"
+    folder, opened = tmp_path/'photos', []
+    path = tmp_path/'photos.zip' if packed else folder
+    def put(name, **options):
+        save(folder, name, **options)
+        if packed:
+            with zipfile.ZipFile(path, 'w') as archive:
+                for file in folder.rglob('*.png'): archive.write(file, file.relative_to(folder))
+    for i in range(30): put(f'{i}.png', value=i)
+    once = module._opened
+    monkeypatch.setattr(module, '_opened', lambda path, open_file, name: opened.append(name) or once(path, open_file, name))
+    assert {image_folder(path, split).shape for split in SPLITS} == {(1, 4, 6)} and len(opened) == 60
+    put('7.png', mode='RGB', value=(1, 2, 3))
+    assert {image_folder(path, split).shape for split in SPLITS} == {(3, 4, 6)} and len(opened) == 120
+    put('8.png', size=(4, 6))
+    for split in SPLITS:
+        with pytest.raises(ValueError, match='differ in size'): image_folder(path, split)
+        assert image_folder(path, split, size=4).shape == (3, 4, 4)
+
+
 @pytest.fixture
 def three(tmp_path):
     "A folder with a plain image in valid and test, so that `train` can hold the one under test"

@@ -8,7 +8,7 @@ __all__ = ['app', 'PRESET', 'MODEL', 'SEED', 'DATA', 'IMAGES', 'SIZE', 'GLIMPSES
            'AVERAGE', 'PRECISION', 'PROCESSES', 'VALID_IMAGES', 'SAVE_EVERY', 'leads', 'find_data', 'write_json',
            'parse_glimpses', 'plan', 'parse_limit', 'check_memory', 'parameters', 'check_training', 'process_count',
            'processes', 'death', 'end_with', 'run', 'recipes', 'train_command', 'say_error', 'say_data',
-           'classify_command', 'say_bound', 'evaluate_command', 'generate_command', 'reproduce_command',
+           'classify_command', 'say_bound', 'data_of', 'evaluate_command', 'generate_command', 'reproduce_command',
            'benchmark_command', 'data_command', 'main']
 
 # %% ../nbs/85_cli.ipynb #46ae575f
@@ -335,6 +335,11 @@ def say_bound(result):
     typer.echo(f'reconstruction  {result.reconstruction:8.2f} nats\nKL              {result.latent:8.2f} nats')
     if result.iw_samples: typer.echo(f'k = {result.iw_samples:<11} {nats(result.iw_bound, result.iw_bound_se)} (importance-weighted bound)')
 
+def data_of(history):
+    "Name of the data set in training.json; raises `ValueError` where there is none"
+    try: return str(json.loads(history.read_text(encoding='utf-8'))['data']['name'])
+    except (ValueError, KeyError, TypeError, RecursionError): raise ValueError(f'{history} is damaged: remove it, and name the data with --data or --images') from None
+
 @app.command('evaluate')
 def evaluate_command(
     model: MODEL,
@@ -365,7 +370,7 @@ def evaluate_command(
     check_memory('so many seeds or samples', 10_000 * seeds * (glimpses or network.config.glimpses) + 2000 * (samples or 1))
     history = history and history / 'training.json'
     usual = 'mnist' if kind is DRAW else 'cluttered_mnist'
-    trained_on = json.loads(history.read_text(encoding='utf-8')).get('data', {}).get('name') if history and history.is_file() else usual
+    trained_on = data_of(history) if history and history.is_file() else usual
     default = trained_on if trained_on in MAKERS or zip_in_data_folder(trained_on) else None
     found = find_data(data, images, size, split, default)
     result = evaluate(network, found, glimpses, seeds, samples, limit) if kind is DRAW else classification_error(network, found, glimpses, limit)

@@ -134,6 +134,9 @@ def open_run(
     "Check that `out` is a new folder or holds the same run; raises `ValueError` otherwise"
     file = out / 'run.json'
     check_folder(out, file.name)
+    best = out / 'best'
+    if best.exists() and not (best.is_dir() and all(part.is_file() for part in best.iterdir())):
+        raise ValueError(f'{best} is not a folder of weights: remove it, or choose another --out')
     if not file.is_file(): return []
     with explained(ValueError, f'{file} is damaged: choose another --out', ValueError, KeyError, TypeError, AttributeError, RecursionError):
         run = json.loads(file.read_text(encoding='utf-8'))
@@ -142,7 +145,7 @@ def open_run(
         first = {'from_step': 0, 'epochs': run['options']['epochs'], 'precision': run['options']['precision']}
         segments = run.get('segments', [first])
         for segment in segments: segment['from_step'] + 0
-    if not any(out.glob('state-*')) and not (out / 'best').exists(): return [] # of a run that left nothing, nothing is lost
+    if not any(out.glob('state-*')) and not best.exists(): return [] # of a run that left nothing, nothing is lost
     free = {'options.epochs', 'options.precision'}
     same = json.loads(json.dumps(there))
     differing = sorted(name for name in (there.keys() | here.keys()) - free if same.get(name) != here.get(name))
@@ -189,7 +192,7 @@ def read_metrics(
 ) -> list[dict]: # One for each line: step, epoch, split, glimpses, bound, reconstruction, latent in nats per image, and more
     "The metrics of a run; a line that was cut off by a crash, or is none of them, is left out"
     rows, file = [], Path(run) / 'metrics.jsonl'
-    for line in file.read_text(encoding='utf-8').splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding='utf-8', errors='replace').splitlines() if file.is_file() else []:
         try: row = json.loads(line)
         except (ValueError, RecursionError): continue
         if isinstance(row, dict) and isinstance(row.get('step'), int): rows.append(row)

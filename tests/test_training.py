@@ -457,8 +457,22 @@ def test_run_json_of_another_shape(text, tmp_path):
     with pytest.raises(ValueError, match='run') as caught: toy_train(out)
     assert '\n' not in str(caught.value) and str(out) in str(caught.value)
 
+def test_best_that_is_no_folder_of_weights(undisturbed, tmp_path):
+    "Refused before anything is written"
+    for name in ('best', 'best/model.safetensors'):
+        out = shutil.copytree(undisturbed, tmp_path / name.replace('/', '_'))
+        if name == 'best':
+            shutil.rmtree(out / name)
+            (out / name).write_text('a file')
+        else:
+            (out / name).unlink()
+            (out / name).mkdir()
+        with pytest.raises(ValueError, match='best is not a folder of weights'): toy_train(out, replace(OPTIONS, epochs=4))
+
 def test_metrics_of_another_shape(tmp_path):
     "Lines that are no metrics are left out"
+    (tmp_path / 'metrics.jsonl').write_bytes(b'{"step": 3}\n\xff\xfe{"step": 4}\n')
+    assert read_metrics(tmp_path) == [{'step': 3}]
     (tmp_path / 'metrics.jsonl').write_text('[]\n3\nnull\n{}\n{"step": "1"}\n{"step": 1}\n{"step": 2')
     assert read_metrics(tmp_path) == [{'step': 1}]
 

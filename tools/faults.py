@@ -22,7 +22,7 @@ VERBS = {
                                       '--average', '--precision', '--optimizer', '--recipe', '--processes', '--seed', '--size', '--out', '--save-every', '--valid-images']),
     'evaluate': ('run --images mine', ['--glimpses', '--limit', '--seeds', '--samples', '--split', '--out', '--size', '--data']),
     'generate': ('run', ['--glimpses', '--count', '--seed', '--out']),
-    'classify': ('cluttered_4', ['--split', '--recipe', '--precision', '--processes', '--learning-rate', '--decay', '--out']),
+    'classify': ('cluttered_4', ['--split', '--recipe', '--precision', '--processes', '--learning-rate', '--decay']),
     'benchmark': ('', ['--preset', '--batch', '--glimpses', '--side', '--seconds', '--json']),
 }
 SHAPES = b'', b'{}', b'[]', b'null', b'7', b'"text"', b'[' * 9000, b'{"config": ', b'{"config": null}', b'{"step": null}', b'\xff\xfe\x00', b'{"hidden_size": 1e99}', b'{"glimpses": 99999999999}'

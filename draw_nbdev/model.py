@@ -123,7 +123,6 @@ class Drawing(NamedTuple):
         cut = lambda windows: windows and Window(*(field[:, :count] for field in windows))
         return Drawing(self.canvases[:, :count], cut(self.windows), cut(self.read_windows))
 
-# %% ../nbs/30_model.ipynb #49437838
 class Step(NamedTuple):
     "One step of the recurrence"
     mean: Tensor # mu_t, shape (batch, latent_size)

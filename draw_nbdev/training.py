@@ -9,6 +9,8 @@ __all__ = ['LOCK', 'generator_for', 'moving_average', 'save_state', 'checksums',
 
 # %% ../nbs/60_training.ipynb #48bd0bb0
 import json, os, platform, shutil, warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from dataclasses import asdict, replace
 from math import inf, isfinite
@@ -290,19 +292,22 @@ def machine(
         hardware = f'{name}, {os.cpu_count()} cores'
     return {'hardware': hardware, 'software': f'Python {platform.python_version()}, torch {torch.__version__}'}
 
+@contextmanager
 def take_lock(
     out: Path, # Folder of the run, made if it is not there
     accelerator: Accelerator, # Of which the main process writes
-) -> FileLock: # Given back by `release`, or when the process ends in whatever way
+) -> Iterator[None]: # The lock is given back at the end of a `with`, or when the process ends in whatever way
     "Keep other runs out of a folder; raises `ValueError` in all processes if it is taken"
     lock, free = FileLock(out / LOCK), True
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         try: lock.acquire(timeout=0)
         except Timeout: free = False
-    if not accelerator.reduce(torch.tensor(float(free), device=accelerator.device), 'mean').item() == 1:
-        raise ValueError(f'{out} is being written by another run: wait for its end, or choose another --out')
-    return lock
+    try:
+        if accelerator.reduce(torch.tensor(float(free), device=accelerator.device), 'mean').item() < 1:
+            raise ValueError(f'{out} is being written by another run: wait for its end, or choose another --out')
+        yield
+    finally: lock.release()
 
 # %% ../nbs/60_training.ipynb #d61c93e1
 def train(
@@ -331,70 +336,68 @@ def train(
                    'data': {'name': train_set.name, 'note': train_set.note, 'train': train_set.checksum, 'valid': valid_set.checksum}}
     segments = open_run(out, description)
     accelerator.wait_for_everyone() # nobody writes before everybody has looked
-    lock = take_lock(out, accelerator)
+    with take_lock(out, accelerator):
+        torch.manual_seed(o.seed)
+        model = task.start(config, train_set).to(accelerator.device)
+        averaged = AveragedModel(model, multi_avg_fn=moving_average(o.average))
+        model, *optimizers = accelerator.prepare(model, *task.optimizers(model, o))
+        progress = load_state(accelerator, averaged, out) or {'step': 0, 'best': None, 'best_glimpses': 0, 'seconds': 0, 'cpu_seconds': 0}
+        per_epoch = len(train_set) // o.batch_size
+        total = per_epoch * o.epochs
+        segment = {'from_step': progress['step'], 'epochs': o.epochs, 'precision': o.precision, 'processes': processes, **machine(accelerator.device)}
+        description['segments'] = add_segment(segments, segment)
+        if main:
+            write_run(out, description)
+            keep_metrics(out, progress['step'])
+        log = Log(out, progress['step']) if main else None
+        clock = perf_counter(), progress['step']
+        diverged = f'the loss is no longer finite: choose a lower learning rate; {out} keeps the last good state'
+        began, cpu_began, cpu_before = perf_counter() - progress['seconds'], process_time(), progress['cpu_seconds']
 
-    torch.manual_seed(o.seed)
-    model = task.start(config, train_set).to(accelerator.device)
-    averaged = AveragedModel(model, multi_avg_fn=moving_average(o.average))
-    model, *optimizers = accelerator.prepare(model, *task.optimizers(model, o))
-    progress = load_state(accelerator, averaged, out) or {'step': 0, 'best': None, 'best_glimpses': 0, 'seconds': 0, 'cpu_seconds': 0}
-    per_epoch = len(train_set) // o.batch_size
-    total = per_epoch * o.epochs
-    segment = {'from_step': progress['step'], 'epochs': o.epochs, 'precision': o.precision, 'processes': processes, **machine(accelerator.device)}
-    description['segments'] = add_segment(segments, segment)
-    if main:
-        write_run(out, description)
-        keep_metrics(out, progress['step'])
-    log = Log(out, progress['step']) if main else None
-    clock = perf_counter(), progress['step']
-    diverged = f'the loss is no longer finite: choose a lower learning rate; {out} keeps the last good state'
-    began, cpu_began, cpu_before = perf_counter() - progress['seconds'], process_time(), progress['cpu_seconds']
+        for step in tqdm(range(progress['step'], total), initial=progress['step'], total=total, disable=None if main else True, unit='updates'):
+            epoch, place = divmod(step, per_epoch)
+            if place == 0 or step == progress['step']: order = torch.randperm(len(train_set), generator=generator_for(o.seed, 0, epoch))
+            T = glimpses_at(o, epoch, config.glimpses)
+            random = generator_for(o.seed, 1, step)
+            batch = task.batch(train_set, order[place * o.batch_size:(place + 1) * o.batch_size], T, config, random, share)
+            weights = task.weights(o, step)
 
-    for step in tqdm(range(progress['step'], total), initial=progress['step'], total=total, disable=None if main else True, unit='updates'):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or step == progress['step']: order = torch.randperm(len(train_set), generator=generator_for(o.seed, 0, epoch))
-        T = glimpses_at(o, epoch, config.glimpses)
-        random = generator_for(o.seed, 1, step)
-        batch = task.batch(train_set, order[place * o.batch_size:(place + 1) * o.batch_size], T, config, random, share)
-        weights = task.weights(o, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups: group['lr'] = learning_rate(o, step, total)
+            loss, values = task.loss(model, [tensor.to(accelerator.device) for tensor in batch], T, **weights)
+            model.zero_grad()
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), inf if o.clip_norm is None else o.clip_norm)
+            for optimizer in optimizers: optimizer.step()
+            averaged.update_parameters(accelerator.unwrap_model(model))
 
-        for optimizer in optimizers:
-            for group in optimizer.param_groups: group['lr'] = learning_rate(o, step, total)
-        loss, values = task.loss(model, [tensor.to(accelerator.device) for tensor in batch], T, **weights)
-        model.zero_grad()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), inf if o.clip_norm is None else o.clip_norm)
-        for optimizer in optimizers: optimizer.step()
-        averaged.update_parameters(accelerator.unwrap_model(model))
-
-        done = step + 1
-        if done % o.log_every == 0 or done == total:
-            means = accelerator.reduce(torch.stack([v.mean().detach() for v in values.values()]), 'mean').tolist()
-            if not isfinite(means[0]): raise ValueError(diverged)
-            speed = (done - clock[1]) * o.batch_size / (perf_counter() - clock[0])
-            if main: log.write(done, epoch, 'train', T, dict(zip(values, means)), **weights, gradient_norm=norm.item(),
-                               learning_rate=optimizers[-1].param_groups[0]['lr'], images_per_s=speed)
-            clock = perf_counter(), done
-        if done % o.save_every == 0 or done % per_epoch == 0:
-            if not all(p.isfinite().all() for p in averaged.parameters()): raise ValueError(diverged)
-            cpu = accelerator.reduce(torch.tensor(process_time() - cpu_began, device=accelerator.device), 'sum').item() # of all processes
-            progress.update(step=done, seconds=perf_counter() - began, cpu_seconds=cpu_before + cpu)
-        if done % per_epoch == 0:
-            if main:
-                result = task.validate(averaged.module, valid_set, T, o.valid_images)
-                score = result[task.score]
-                times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
-                log.write(done, epoch, 'valid', T, result, **times)
-                if progress['best'] is None or T != progress['best_glimpses'] or score < progress['best']:
-                    progress.update(best=score, best_glimpses=T)
-                    history = {**description, 'epochs': epoch + 1, 'glimpses': T, f'valid_{task.score}': score, **times}
-                    save_weights(averaged.module, out / 'best', history)
-            clock = perf_counter(), done
-        if done % o.save_every == 0 or done % per_epoch == 0:
-            save_state(accelerator, averaged, progress, out)
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    lock.release()
+            done = step + 1
+            if done % o.log_every == 0 or done == total:
+                means = accelerator.reduce(torch.stack([v.mean().detach() for v in values.values()]), 'mean').tolist()
+                if not isfinite(means[0]): raise ValueError(diverged)
+                speed = (done - clock[1]) * o.batch_size / (perf_counter() - clock[0])
+                if main: log.write(done, epoch, 'train', T, dict(zip(values, means)), **weights, gradient_norm=norm.item(),
+                                   learning_rate=optimizers[-1].param_groups[0]['lr'], images_per_s=speed)
+                clock = perf_counter(), done
+            if done % o.save_every == 0 or done % per_epoch == 0:
+                if not all(p.isfinite().all() for p in averaged.parameters()): raise ValueError(diverged)
+                cpu = accelerator.reduce(torch.tensor(process_time() - cpu_began, device=accelerator.device), 'sum').item() # of all processes
+                progress.update(step=done, seconds=perf_counter() - began, cpu_seconds=cpu_before + cpu)
+            if done % per_epoch == 0:
+                if main:
+                    result = task.validate(averaged.module, valid_set, T, o.valid_images)
+                    score = result[task.score]
+                    times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
+                    log.write(done, epoch, 'valid', T, result, **times)
+                    if progress['best'] is None or T != progress['best_glimpses'] or score < progress['best']:
+                        progress.update(best=score, best_glimpses=T)
+                        history = {**description, 'epochs': epoch + 1, 'glimpses': T, f'valid_{task.score}': score, **times}
+                        save_weights(averaged.module, out / 'best', history)
+                clock = perf_counter(), done
+            if done % o.save_every == 0 or done % per_epoch == 0:
+                save_state(accelerator, averaged, progress, out)
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
     return task.network.from_pretrained(out)
 
 # %% ../nbs/60_training.ipynb #8b214ad5

@@ -442,6 +442,10 @@ def test_two_runs_in_one_folder(start, undisturbed, tmp_path):
     assert 'is being written by another run' in json.loads(report.read_text())[1]
     assert finish(first) == [0]
     assert_same(out, undisturbed)
+    try: toy_train(tmp_path / 'failed', batches=5)
+    except InterruptedError as error:
+        toy_train(tmp_path / 'failed') # while the error and its frames live on, as in a notebook
+        assert error.__traceback__ is not None
     killed = start(tmp_path / 'killed', die_at=40)
     finish(killed)
     toy_train(tmp_path / 'killed')

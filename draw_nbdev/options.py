@@ -129,5 +129,5 @@ def with_epochs(
     "The same options for another number of epochs; stages shrink with the whole, and those that would be empty are left out"
     share = min(1, epochs / options.epochs)
     growth = tuple((glimpses, round(count * share)) for glimpses, count in options.growth if round(count * share))
-    while sum(count for _, count in growth) >= epochs > 0 and growth: growth = growth[:-1]
+    while growth and sum(count for _, count in growth) >= epochs: growth = growth[:-1]
     return replace(options, epochs=epochs, growth=growth)

@@ -51,6 +51,13 @@ class FirstWindow(Task):
             with torch.no_grad(): window.bias[2] = 2 * log(max(1, self.share * (config.width - 1) / (size - 1)))
         return model
 
+class WeightNorm(Task):
+    "Each row of both cells' gates as a direction and a length (Salimans and Kingma, 2016)"
+    def start(self, config, train_set):
+        model = super().start(config, train_set)
+        for cell in (model.encoder, model.decoder): nn.utils.parametrizations.weight_norm(cell.gates)
+        return model
+
 PIXEL = FirstWindow(0)
 
 VARIANTS = { # name: (what is varied, changed options, changed sizes, task)
@@ -84,6 +91,7 @@ VARIANTS |= {
     'adam 6e-3': ('optimiser and rate', around(ADAM, learning_rate=6e-3), ATTENTION, Task()),
     'muon 1.5e-3': ('optimiser and rate', around(RECIPE, learning_rate=1.5e-3), ATTENTION, Task()),
     'muon 6e-3': ('optimiser and rate', around(RECIPE, learning_rate=6e-3), ATTENTION, Task()),
+    **{f'adam 3e-3, seed {seed}': ('optimiser and rate', around(ADAM, seed=seed), ATTENTION, Task()) for seed in (1, 2)},
     'stages, recipe': ('stages', around(RECIPE, **STAGES), ATTENTION | dict(glimpses=64), Task()),
     'stages, before': ('stages', around(ADAM, learning_rate=1.5e-3, kl_warmup=1000, average=0.999, decay=1., **STAGES), ATTENTION | dict(glimpses=64), PIXEL),
     **{f'half a distance, seed {seed}': ('first window', around(RECIPE, seed=seed), ATTENTION, FirstWindow(0.5)) for seed in range(3)},
@@ -91,6 +99,7 @@ VARIANTS |= {
     'muon, clip 100': ('clipping', around(RECIPE, clip_norm=100.), ATTENTION, Task()),
     'adam 3e-3, no clipping': ('clipping', around(ADAM, clip_norm=None), ATTENTION, Task()),
     'adam 3e-3, clip 100': ('clipping', around(ADAM, clip_norm=100.), ATTENTION, Task()),
+    'adam 3e-3, weight norm': ('weight normalisation', around(ADAM), ATTENTION, WeightNorm()),
     'muon, KL warm-up': ('KL warm-up with attention', around(RECIPE, kl_warmup=1000), ATTENTION, Task()),
     'T = 64 from the start': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), Task()), # in the time of three epochs at 16
     'T = 64 from the start, 1 pixel': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), PIXEL),

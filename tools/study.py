@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from draw_nbdev.classifier import CLASSIFIERS, train_classifier
 from draw_nbdev.data_sets import find
-from draw_nbdev.model import preset
+from draw_nbdev.model import DRAW, preset
 from draw_nbdev.options import RECIPES, TrainOptions
 from draw_nbdev.training import Task, machine, read_metrics, train
 
@@ -51,12 +51,14 @@ class FirstWindow(Task):
             with torch.no_grad(): window.bias[2] = 2 * log(max(1, self.share * (config.width - 1) / (size - 1)))
         return model
 
-class WeightNorm(Task):
+class WeightNormDRAW(DRAW):
     "Each row of both cells' gates as a direction and a length (Salimans and Kingma, 2016)"
-    def start(self, config, train_set):
-        model = super().start(config, train_set)
-        for cell in (model.encoder, model.decoder): nn.utils.parametrizations.weight_norm(cell.gates)
-        return model
+    def __init__(self, config):
+        super().__init__(config)
+        for cell in (self.encoder, self.decoder): nn.utils.parametrizations.weight_norm(cell.gates)
+
+class WeightNorm(Task):
+    network = WeightNormDRAW
 
 PIXEL = FirstWindow(0)
 

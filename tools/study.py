@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from draw_nbdev.classifier import CLASSIFIERS, train_classifier
 from draw_nbdev.data_sets import find
-from draw_nbdev.model import DRAW, preset
+from draw_nbdev.model import DRAW, DRAWConfig, preset
 from draw_nbdev.options import RECIPES, TrainOptions
 from draw_nbdev.training import Task, machine, read_metrics, train
 
@@ -53,7 +53,7 @@ class FirstWindow(Task):
 
 class WeightNormDRAW(DRAW):
     "Each row of both cells' gates as a direction and a length (Salimans and Kingma, 2016)"
-    def __init__(self, config):
+    def __init__(self, config: DRAWConfig):
         super().__init__(config)
         for cell in (self.encoder, self.decoder): nn.utils.parametrizations.weight_norm(cell.gates)
 

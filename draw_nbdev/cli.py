@@ -199,7 +199,7 @@ def end_with(others, said, ended):
 
 def run(train, config, options, train_set, valid_set, out, describe, count):
     "Train; say what is about to be done, what came out of each epoch, and where the weights are"
-    from draw_nbdev.training import read_metrics
+    from draw_nbdev.checkpoints import read_metrics
     say = typer.echo if leads() else lambda *_, **__: None
     say(f'{train_set}\n{config}\n{options}\n{options.epochs} epochs of {len(train_set) // options.batch_size} updates, '
         f'{count} process{"es" * (count > 1)}, into {out}', err=True)
@@ -252,7 +252,8 @@ def train_command(
 ):
     "Train a network; weights are chosen on validation images and kept in OUT/best."
     from draw_nbdev.model import PRESETS
-    from draw_nbdev.training import check_folder, train
+    from draw_nbdev.checkpoints import check_folder
+    from draw_nbdev.training import train
     sizes = dict(hidden_size=hidden_size, latent_size=latent_size, read_size=read_size, write_size=write_size, layer_norm=layer_norm or None)
     config, options = plan(PRESETS, preset, recipe, glimpses, epochs, sizes, dict(
         batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate, final_rate=final_rate, decay=decay, rate_warmup=rate_warmup,
@@ -308,7 +309,7 @@ def classify_command(
     from draw_nbdev import plots
     from draw_nbdev.classifier import CLASSIFIERS, DifferentiableRAM, classification_error, glimpse_grid, train_classifier
     from draw_nbdev.data_sets import find
-    from draw_nbdev.training import check_folder
+    from draw_nbdev.checkpoints import check_folder
     config, options = plan(CLASSIFIERS, preset, recipe, glimpses, epochs, dict(hidden_size=hidden_size, read_size=read_size), dict(
         batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate, final_rate=final_rate, decay=decay, rate_warmup=rate_warmup,
         clip_norm=clip_norm, every_glimpse=every_glimpse, average=average, precision=precision, valid_images=valid_images, save_every=save_every, seed=seed))
@@ -359,7 +360,7 @@ def evaluate_command(
     from draw_nbdev.data_sets import MAKERS, zip_in_data_folder
     from draw_nbdev.evaluation import evaluate
     from draw_nbdev.model import DRAW, find_weights
-    from draw_nbdev.training import check_folder
+    from draw_nbdev.checkpoints import check_folder
     if out: check_folder(out, 'evaluation.json')
     kind = network_class(model)
     if kind is not DRAW and (samples is not None or seeds != 1):
@@ -396,7 +397,7 @@ def generate_command(
     from draw_nbdev import plots
     from draw_nbdev.classifier import network_class
     from draw_nbdev.model import DRAW
-    from draw_nbdev.training import check_folder
+    from draw_nbdev.checkpoints import check_folder
     for name, value in (('count', count), ('glimpses', 1 if glimpses is None else glimpses)):
         if value < 1: raise ValueError(f'--{name} must be at least 1, got {value}')
     if not 0 <= seed < 2**63: raise ValueError(f'--seed must be between 0 and 2^63 - 1, got {seed}')

@@ -25,7 +25,8 @@ from .digits import FreshDigits
 from .evaluation import Evaluation, evaluate, nearest_images
 from .model import DRAW, DRAWConfig, Drawing, PRESETS, PRETRAINED, preset
 from .options import PAPER_RECIPES, RECIPES, TrainOptions
-from .training import check_folder, read_metrics, train
+from .checkpoints import check_folder, read_metrics
+from .training import train
 
 # %% ../nbs/90_reproduce.ipynb #2230e5ba
 class Scale(NamedTuple):

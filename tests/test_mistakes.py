@@ -23,7 +23,8 @@ from draw_nbdev.loss import bound, importance_weighted_bound, kl_divergence, rec
 from draw_nbdev.model import DRAW, DRAWConfig, LSTMCell
 from draw_nbdev.scan import look, lstm, read, write
 from draw_nbdev.options import TrainOptions
-from draw_nbdev.training import Task, read_metrics, train
+from draw_nbdev.checkpoints import read_metrics
+from draw_nbdev.training import Task, train
 
 # Wider than high, in colour, with patches of different sizes: nothing that can be mixed up has the same shape
 SMALL = DRAWConfig(height=5, width=7, channels=3, glimpses=4, hidden_size=6, latent_size=3, read_size=2, write_size=3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from draw_nbdev.training import read_metrics
+from draw_nbdev.checkpoints import read_metrics
 
 pytestmark = pytest.mark.skipif(shutil.which('ps') is None, reason='no ps here, which finds processes that were left behind')
 START = 'from draw_nbdev.cli import main; main()' # what the command `draw` does, and how its other processes can be told

@@ -12,13 +12,15 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
+import draw_nbdev.checkpoints as checkpoints
 import draw_nbdev.training as training
 from draw_nbdev.data import Images
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.model import DRAW, DRAWConfig
 from draw_nbdev.muon import orthogonalize
 from draw_nbdev.options import TrainOptions
-from draw_nbdev.training import open_run, read_metrics, train
+from draw_nbdev.checkpoints import open_run, read_metrics
+from draw_nbdev.training import train
 
 CONFIG = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3, read_size=2, write_size=3)
 OPTIONS = TrainOptions(epochs=3, batch_size=4, save_every=4, log_every=1, kl_warmup=4, rate_warmup=3, learning_rate=0.01) # 3 epochs of 6 updates
@@ -222,7 +224,7 @@ def calls(number):
 FAULTS = { # Where the disk is full -> what fails there, and how many updates are in the state that is left
     'run.json': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name == 'run.json.tmp', Path.write_text, full_disk)), 0),
     'first state': (lambda patch: patch.setattr(Path, 'replace', when(lambda _, target: target.name.startswith('state-'), Path.replace, full_disk)), 0),
-    'averaged weights': (lambda patch: patch.setattr(training, 'save_file', when(calls(2), training.save_file, half_save_file)), 6),
+    'averaged weights': (lambda patch: patch.setattr(checkpoints, 'save_file', when(calls(2), checkpoints.save_file, half_save_file)), 6),
     'progress': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name == 'progress.json' and (path.parents[1] / 'state-00000006').exists(), Path.write_text, full_disk)), 6),
     'rename of a state': (lambda patch: patch.setattr(Path, 'replace', when(lambda _, target: target.name == 'state-00000008', Path.replace, full_disk)), 6),
     'best weights': (lambda patch: patch.setattr(DRAW, 'save_pretrained', when(calls(1), DRAW.save_pretrained, full_disk)), 8),
@@ -406,13 +408,13 @@ def saved_again(state, name, change):
 
 def signed_again(state):
     "A state with the right checksums, whatever is in it"
-    other_progress(state, files=training.checksums(state))
+    other_progress(state, files=checkpoints.checksums(state))
 
 def with_nan(state):
     "A number in the averaged weights that is none"
     weights = load_file(state / 'averaged.safetensors')
     weights['module.posterior.bias'][0] = math.nan
-    training.save_file(weights, state / 'averaged.safetensors')
+    checkpoints.save_file(weights, state / 'averaged.safetensors')
     signed_again(state)
 
 @pytest.mark.parametrize('damage', [
@@ -637,6 +639,17 @@ def test_more_epochs_before_the_rate_falls(tmp_path):
     toy_train(tmp_path / 'run', replace(options, epochs=4))
     assert_same(tmp_path / 'run', tmp_path / 'long')
 
+def test_fewer_epochs_before_the_rate_falls(tmp_path):
+    "A run that is made shorter while its rate has not fallen yet is the run that was that short from the beginning"
+    options = replace(OPTIONS, decay=0.4)
+    with pytest.raises(InterruptedError):
+        toy_train(tmp_path / 'run', replace(options, epochs=9), batches=8)
+    toy_train(tmp_path / 'run', options)
+    toy_train(tmp_path / 'short', options)
+    assert_same(tmp_path / 'run', tmp_path / 'short')
+    with pytest.raises(ValueError, match='would have fallen by now'):
+        toy_train(tmp_path / 'run', replace(options, epochs=2))
+
 def test_more_epochs(tmp_path, undisturbed):
     "A finished run ends at once when it is started again, and goes on when it is given more epochs"
     shutil.copytree(undisturbed, tmp_path / 'run')
@@ -689,7 +702,7 @@ def test_best_weights_are_those_of_the_best_bound(tmp_path):
     (partial(toy_train, options=replace(OPTIONS, learning_rate=0.02)), 'options.learning_rate 0.01 there, 0.02 here'),
     (partial(toy_train, options=replace(OPTIONS, seed=1)), 'options.seed 0 there, 1 here'),
     (partial(toy_train, options=replace(OPTIONS, growth=((1, 1),))), 'options.growth'),
-    (partial(toy_train, options=replace(OPTIONS, epochs=2)), '3 epochs, more than 2'),
+    (partial(toy_train, options=replace(OPTIONS, epochs=2)), 'at least as many as before, 3'),
     (partial(toy_train, config=replace(CONFIG, hidden_size=9)), 'config.hidden_size 8 there, 9 here'),
     (lambda out: train(CONFIG, toy_images('valid'), toy_images('valid'), out, OPTIONS), 'data.train'),
     (lambda out: train(CONFIG, toy_images(), toy_images(), out, OPTIONS), 'data.valid'),

@@ -13,7 +13,7 @@ from draw_nbdev.data_sets import find
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.model import DRAW, PRETRAINED, DRAWConfig
 from draw_nbdev.reproduce import EXPERIMENTS
-from draw_nbdev.training import read_metrics, save_weights
+from draw_nbdev.checkpoints import read_metrics, save_weights
 
 LIMITS = {'bound': 0.02, 'error': 0.0005} # What half precision may cost, in nats per image and as a share of images
 POINTS = 200 # Rows of training metrics that are kept

@@ -15,7 +15,8 @@ from draw_nbdev.data_sets import MAKERS, find
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.model import DRAW, PRESETS
 from draw_nbdev.options import TrainOptions, recipe, with_epochs
-from draw_nbdev.training import machine, read_metrics
+from draw_nbdev.checkpoints import read_metrics
+from draw_nbdev.training import machine
 
 def command(
     history: dict, # As training.json holds it: config, options, data

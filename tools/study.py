@@ -16,7 +16,8 @@ from draw_nbdev.classifier import CLASSIFIERS, train_classifier
 from draw_nbdev.data_sets import find
 from draw_nbdev.model import DRAW, DRAWConfig, preset
 from draw_nbdev.options import RECIPES, TrainOptions
-from draw_nbdev.training import Task, machine, read_metrics, train
+from draw_nbdev.checkpoints import read_metrics
+from draw_nbdev.training import Task, machine, train
 
 BASE = TrainOptions(epochs=3, learning_rate=1.5e-3, precision='bf16')
 ATTENTION = dict(attention=True, glimpses=16)

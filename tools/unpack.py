@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
 from draw_nbdev.model import DRAW, PRETRAINED
 from draw_nbdev.options import TrainOptions
-from draw_nbdev.training import Task, save_state, save_weights, write_run
+from draw_nbdev.checkpoints import save_state, save_weights, write_run
+from draw_nbdev.training import Task
 
 def unpack(
     name: str, # Of packaged weights of a DRAW network

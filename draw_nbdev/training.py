@@ -138,11 +138,12 @@ def choose_precision(
     if torch.accelerator.is_available(): device = torch.accelerator.current_accelerator()
     return 'bf16' if multiplies_bfloat16(device) else 'no'
 
-# %% ../nbs/60_training.ipynb #c75e7589
+# %% ../nbs/60_training.ipynb #e3ffe0aa
 def start_accelerator(
     options: TrainOptions, # Of the run
 ) -> Accelerator: # Of this process, one of those that share every batch
     "Device, precision and processes of a run; raises `ValueError` where a batch cannot be shared"
+    warnings.filterwarnings('ignore', 'Grad strides do not match bucket view') # c_0's; no harm
     AcceleratorState._reset_state() # or a second run in one process could not have another precision
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision=options.precision)

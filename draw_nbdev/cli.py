@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'PRESET', 'MODEL', 'SEED', 'DATA', 'IMAGES', 'SIZE', 'GLIMPSES', 'SPLIT', 'RUN', 'RECIPE', 'EPOCHS', 'STAGES',
            'READ_SIZE', 'BATCH_SIZE', 'OPTIMIZER', 'LEARNING_RATE', 'FINAL_RATE', 'DECAY', 'RATE_WARMUP', 'CLIP_NORM',
-           'AVERAGE', 'PRECISION', 'PROCESSES', 'VALID_IMAGES', 'SAVE_EVERY', 'leads', 'find_data', 'write_json',
-           'parse_glimpses', 'plan', 'parse_limit', 'check_memory', 'parameters', 'check_training', 'process_count',
-           'processes', 'death', 'end_with', 'run', 'recipes', 'train_command', 'say_error', 'say_data',
-           'classify_command', 'say_bound', 'data_of', 'evaluate_command', 'generate_command', 'reproduce_command',
-           'benchmark_command', 'data_command', 'main']
+           'AVERAGE', 'PRECISION', 'PROCESSES', 'VALID_IMAGES', 'SAVE_EVERY', 'leads', 'find_data', 'parse_glimpses',
+           'plan', 'parse_limit', 'check_memory', 'parameters', 'check_training', 'process_count', 'processes', 'death',
+           'end_with', 'run', 'recipes', 'train_command', 'say_error', 'say_data', 'classify_command', 'say_bound',
+           'data_of', 'evaluate_command', 'generate_command', 'reproduce_command', 'benchmark_command', 'data_command',
+           'main']
 
 # %% ../nbs/85_cli.ipynb #46ae575f
 import json, os, signal, socket, subprocess, sys, tempfile, threading, time
@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 import typer
+from .files import remove_partial, write_json
 from .options import RECIPES, TrainOptions, recipe, with_epochs
 
 # %% ../nbs/85_cli.ipynb #a40baf89
@@ -67,12 +68,6 @@ def find_data(data, images, size, split, default):
     wanted = None if images else {'mnist': 'mnist_fixed'}.get(data or default, data or default)
     if wanted and found.name != wanted and leads(): typer.echo(f'{wanted} is not at hand, {found.name} takes its place: {found.note}', err=True)
     return found
-
-def write_json(path, values):
-    "Write a file completely or not at all"
-    partial = path.with_name(path.name + '.tmp')
-    partial.write_text(json.dumps(values, indent=2), encoding='utf-8')
-    partial.replace(path)
 
 # %% ../nbs/85_cli.ipynb #00d878ff
 def parse_glimpses(
@@ -407,8 +402,8 @@ def generate_command(
     pixels = network.config.channels * network.config.height * network.config.width
     check_memory(f'{count} images in so many steps', 2 * count * (1 + (glimpses or network.config.glimpses)) * (pixels + network.config.latent_size))
     drawing = network.generate(count, glimpses, torch.Generator().manual_seed(seed))
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / 'generate.json', {'model': model, 'count': count, 'glimpses': glimpses or network.config.glimpses, 'seed': seed})
+    remove_partial(out)
     size = network.config.write_size if network.config.attention else None
     plots.save(plots.image_grid(drawing.canvases[-1].sigmoid(), zoom=2), out / 'samples.png')
     few, more = drawing.first(8), drawing.first(36)

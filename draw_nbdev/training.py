@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'generator_for', 'moving_average', 'save_state', 'checksums', 'load_state', 'save_weights', 'check_folder',
-           'open_run', 'add_segment', 'tell_segments', 'write_run', 'read_metrics', 'keep_metrics', 'Task',
-           'choose_precision', 'machine', 'take_lock', 'train', 'Log']
+           'open_run', 'add_segment', 'tell_segments', 'read_metrics', 'keep_metrics', 'Task', 'choose_precision',
+           'machine', 'take_lock', 'train', 'Log']
 
 # %% ../nbs/60_training.ipynb #48bd0bb0
 import json, os, platform, shutil, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from dataclasses import asdict, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -31,7 +30,8 @@ from . import __version__
 from .data import Images
 from .evaluation import evaluate
 from .loss import bound
-from .model import DRAW, DRAWConfig, explained
+from .files import is_partial, remove_partial, reraise_as, sha256, write_json, write_text
+from .model import DRAW, DRAWConfig
 from .muon import make_optimizers
 from .options import TrainOptions, glimpses_at, kl_weight, learning_rate
 from .scan import multiplies_bfloat16
@@ -66,10 +66,10 @@ def save_state(
     final, partial = out / f'state-{progress["step"]:08d}', out / 'state.tmp'
     if accelerator.is_main_process: shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with explained(OSError, f'{out} cannot be written to', SafetensorError, RuntimeError): accelerator.save_state(partial)
+    with reraise_as(OSError, f'{out} cannot be written to', SafetensorError, RuntimeError): accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with explained(OSError, f'{out} cannot be written to', SafetensorError):
+        with reraise_as(OSError, f'{out} cannot be written to', SafetensorError):
             save_file({k: v.contiguous() for k, v in averaged.state_dict().items()}, partial / 'averaged.safetensors')
         (partial / 'progress.json').write_text(json.dumps({**progress, 'files': checksums(partial)}), encoding='utf-8')
         shutil.rmtree(final, ignore_errors=True)
@@ -82,7 +82,7 @@ def checksums(
     folder: Path, # With files, and no folders
 ) -> dict[str, str]: # Name -> SHA-256, without progress.json
     "What the files of a state are known by"
-    return {file.name: sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir()) if file.name != 'progress.json'}
+    return {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != 'progress.json'}
 
 def load_state(
     accelerator: Accelerator, # Holds the network and its optimisers, all overwritten
@@ -93,7 +93,7 @@ def load_state(
     states = sorted(out.glob('state-*'))
     if not states: return None
     problems = SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, UnpicklingError, FileNotFoundError, RecursionError
-    with explained(ValueError, f'{states[-1]} is damaged: remove it to begin again', *problems):
+    with reraise_as(ValueError, f'{states[-1]} is damaged: remove it to begin again', *problems):
         progress = json.loads((states[-1] / 'progress.json').read_text(encoding='utf-8'))
         if progress.pop('files') != checksums(states[-1]): raise ValueError('its files are not those that were saved')
         if f'state-{progress["step"]:08d}' != states[-1].name: raise ValueError('progress.json belongs to another state')
@@ -111,7 +111,7 @@ def save_weights(
     "Write model.safetensors, config.json and training.json, which says where the weights come from, each replaced in one move"
     partial = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(partial, ignore_errors=True)
-    with explained(OSError, f'{folder} cannot be written to', SafetensorError): model.save_pretrained(partial)
+    with reraise_as(OSError, f'{folder} cannot be written to', SafetensorError): model.save_pretrained(partial)
     (partial / 'training.json').write_text(json.dumps(history, indent=2), encoding='utf-8')
     folder.mkdir(exist_ok=True)
     (partial / 'model.safetensors').chmod((partial / 'config.json').stat().st_mode) # safetensors makes files that only their owner can read
@@ -126,7 +126,7 @@ def check_folder(
     marker: str, # File that says a folder was made for this, such as run.json
 ) -> None:
     "Raise `ValueError` if `out` holds something else, so that nobody's files are overwritten"
-    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(file.name not in (f'{marker}.tmp', LOCK) for file in out.iterdir())):
+    if out.exists() and not (out / marker).is_file() and (not out.is_dir() or any(file.name != LOCK and not is_partial(file) for file in out.iterdir())):
         raise ValueError(f'{out} exists and is not a folder with a {marker}: choose another --out, or remove it')
 
 def open_run(
@@ -140,7 +140,7 @@ def open_run(
     if best.exists() and not (best.is_dir() and all(part.is_file() for part in best.iterdir())):
         raise ValueError(f'{best} is not a folder of weights: remove it, or choose another --out')
     if not file.is_file(): return []
-    with explained(ValueError, f'{file} is damaged: choose another --out', ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    with reraise_as(ValueError, f'{file} is damaged: choose another --out', ValueError, KeyError, TypeError, AttributeError, RecursionError):
         run = json.loads(file.read_text(encoding='utf-8'))
         run['options'] = {**asdict(TrainOptions()), **run['options']} # an option that is not named is younger than the run
         there, here = ({f'{part}.{name}': value for part in ('config', 'options', 'data') for name, value in r[part].items()} for r in (run, description))
@@ -179,16 +179,6 @@ def tell_segments(
         lines.append(f'from epoch {s["from_step"] / per_epoch:g} to {until}: a schedule of {s["epochs"]} epochs; {made}' + (f'; {s["note"]}' if 'note' in s else ''))
     return lines
 
-def write_run(
-    out: Path, # Folder of the run, made if it is not there
-    description: dict, # With config, options, data, version and segments
-) -> None:
-    "Write run.json completely or not at all"
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / 'run.json.tmp'
-    partial.write_text(json.dumps(description, indent=2), encoding='utf-8')
-    partial.replace(out / 'run.json')
-
 def read_metrics(
     run: str | Path, # Folder of a run
 ) -> list[dict]: # One for each line: step, epoch, split, glimpses, bound, reconstruction, latent in nats per image, and more
@@ -205,9 +195,8 @@ def keep_metrics(
     step: int, # Updates done; later lines are dropped
 ) -> None:
     "Drop the lines that a resumed run will write again"
-    rows, partial = [row for row in read_metrics(out) if row['step'] <= step], out / 'metrics.jsonl.tmp'
-    partial.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
-    partial.replace(out / 'metrics.jsonl')
+    rows = [row for row in read_metrics(out) if row['step'] <= step]
+    write_text(out / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
 
 # %% ../nbs/60_training.ipynb #20b6494d
 class Task:
@@ -347,7 +336,8 @@ def train(
         segment = {'from_step': progress['step'], 'epochs': o.epochs, 'precision': o.precision, 'processes': processes, **machine(accelerator.device)}
         description['segments'] = add_segment(segments, segment)
         if main:
-            write_run(out, description)
+            remove_partial(out)
+            write_json(out / 'run.json', description)
             keep_metrics(out, progress['step'])
         log = Log(out, progress['step']) if main else None
         clock = perf_counter(), progress['step']

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['checksums', 'save_state', 'load_state', 'saved_step', 'save_weights', 'check_folder', 'open_run', 'check_epochs',
-           'add_segment', 'tell_segments', 'write_run', 'read_metrics', 'keep_metrics', 'Log', 'take_lock']
+           'add_segment', 'tell_segments', 'read_metrics', 'keep_metrics', 'Log', 'take_lock']
 
-# %% ../nbs/59c_checkpoints.ipynb #f73f2d01
+# %% ../nbs/59c_checkpoints.ipynb #36b96d3d
 import json, os, shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from pickle import UnpicklingError
 import torch
@@ -21,18 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from .model import explained
+from .files import is_partial, reraise_as, sha256, write_text
 from .options import TrainOptions, learning_rate
 
-# %% ../nbs/59c_checkpoints.ipynb #ad8b0055
+# %% ../nbs/59c_checkpoints.ipynb #310412a6
 def checksums(
     folder: Path, # With files, and no folders
 ) -> dict[str, str]: # Name -> SHA-256, without progress.json
     "What the files of a state are known by"
     files = (file for file in sorted(folder.iterdir()) if file.name != 'progress.json')
-    return {file.name: sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.name: sha256(file) for file in files}
 
-# %% ../nbs/59c_checkpoints.ipynb #2cb71f75
+# %% ../nbs/59c_checkpoints.ipynb #f11f34c5
 def save_state(
     accelerator: Accelerator, # Holds the network and its optimisers
     averaged: AveragedModel, # Moving average of the weights
@@ -44,11 +43,11 @@ def save_state(
     refused = f'{out} cannot be written to'
     if accelerator.is_main_process: shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with explained(OSError, refused, SafetensorError, RuntimeError): accelerator.save_state(partial)
+    with reraise_as(OSError, refused, SafetensorError, RuntimeError): accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         weights = {name: value.contiguous() for name, value in averaged.state_dict().items()}
-        with explained(OSError, refused, SafetensorError):
+        with reraise_as(OSError, refused, SafetensorError):
             save_file(weights, partial / 'averaged.safetensors')
         text = json.dumps({**progress, 'files': checksums(partial)})
         (partial / 'progress.json').write_text(text, encoding='utf-8')
@@ -62,7 +61,7 @@ def save_state(
 DAMAGE = (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
           UnpicklingError, FileNotFoundError, RecursionError) # What reading a damaged state raises
 
-# %% ../nbs/59c_checkpoints.ipynb #b87db4fa
+# %% ../nbs/59c_checkpoints.ipynb #ff87f545
 def load_state(
     accelerator: Accelerator, # Holds the network and its optimisers, all overwritten
     averaged: AveragedModel, # Overwritten
@@ -71,7 +70,7 @@ def load_state(
     "Go on from the newest state: its progress, or None where there is none"
     states = sorted(out.glob('state-*'))
     if not states: return None
-    with explained(ValueError, f'{states[-1]} is damaged: remove it to begin again', *DAMAGE):
+    with reraise_as(ValueError, f'{states[-1]} is damaged: remove it to begin again', *DAMAGE):
         progress = json.loads((states[-1] / 'progress.json').read_text(encoding='utf-8'))
         if progress.pop('files') != checksums(states[-1]):
             raise ValueError('its files are not those that were saved')
@@ -90,7 +89,7 @@ def saved_step(
     "After how many updates the newest state was saved"
     return max([0, *(int(state.name.removeprefix('state-')) for state in out.glob('state-[0-9]*'))])
 
-# %% ../nbs/59c_checkpoints.ipynb #77bf2c15
+# %% ../nbs/59c_checkpoints.ipynb #8afcb0fd
 def save_weights(
     model: nn.Module, # With `save_pretrained`
     folder: Path, # Made if it is not there
@@ -99,7 +98,7 @@ def save_weights(
     "Write model.safetensors, config.json and training.json, each replaced in one move"
     partial = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(partial, ignore_errors=True)
-    with explained(OSError, f'{folder} cannot be written to', SafetensorError):
+    with reraise_as(OSError, f'{folder} cannot be written to', SafetensorError):
         model.save_pretrained(partial)
     (partial / 'training.json').write_text(json.dumps(history, indent=2), encoding='utf-8')
     folder.mkdir(exist_ok=True)
@@ -111,25 +110,25 @@ def save_weights(
 # %% ../nbs/59c_checkpoints.ipynb #2cc05019
 LOCK = 'run.lock' # File in the folder of a run, held by the process that writes there
 
-# %% ../nbs/59c_checkpoints.ipynb #862092f1
+# %% ../nbs/59c_checkpoints.ipynb #bb4c3cfe
 def check_folder(
     out: Path, # Where something is about to be written
     marker: str, # File that says a folder was made for this, such as run.json
 ) -> None:
     "Raise `ValueError` if `out` holds something else, so that nobody's files are overwritten"
     if not out.exists() or (out / marker).is_file(): return
-    ours = f'{marker}.tmp', LOCK # of a run that was stopped before it began
-    if out.is_dir() and all(file.name in ours for file in out.iterdir()): return
+    def left(file): return file.name == LOCK or is_partial(file) # by a run that was stopped at once
+    if out.is_dir() and all(left(file) for file in out.iterdir()): return
     raise ValueError(f'{out} exists and is not a folder with a {marker}: '
                      'choose another --out, or remove it')
 
-# %% ../nbs/59c_checkpoints.ipynb #b34fe392
+# %% ../nbs/59c_checkpoints.ipynb #7f75ff4b
 def read_run(
     file: Path, # run.json
 ) -> dict: # With config, options, data, version and segments
     "What a run is; raises `ValueError` for a damaged file"
     problems = ValueError, KeyError, TypeError, AttributeError, RecursionError
-    with explained(ValueError, f'{file} is damaged: choose another --out', *problems):
+    with reraise_as(ValueError, f'{file} is damaged: choose another --out', *problems):
         run = json.loads(file.read_text(encoding='utf-8'))
         options = {**asdict(TrainOptions()), **run['options']} # what is not named is younger than the run
         first = {'from_step': 0, 'epochs': options['epochs'], 'precision': options['precision']}
@@ -214,17 +213,6 @@ def tell_segments(
                      f'a schedule of {s["epochs"]} epochs; {made}{note}')
     return lines
 
-# %% ../nbs/59c_checkpoints.ipynb #bf869635
-def write_run(
-    out: Path, # Folder of the run, made if it is not there
-    description: dict, # With config, options, data, version and segments
-) -> None:
-    "Write run.json completely or not at all"
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / 'run.json.tmp'
-    partial.write_text(json.dumps(description, indent=2), encoding='utf-8')
-    partial.replace(out / 'run.json')
-
 # %% ../nbs/59c_checkpoints.ipynb #531db544
 def read_metrics(
     run: str | Path, # Folder of a run
@@ -238,16 +226,14 @@ def read_metrics(
         if isinstance(row, dict) and isinstance(row.get('step'), int): rows.append(row)
     return rows
 
-# %% ../nbs/59c_checkpoints.ipynb #eddcfe9c
+# %% ../nbs/59c_checkpoints.ipynb #a07bab64
 def keep_metrics(
     out: Path, # Folder of the run
     step: int, # Updates done; later lines are dropped
 ) -> None:
     "Drop the lines that a resumed run will write again"
-    rows, partial = read_metrics(out), out / 'metrics.jsonl.tmp'
-    lines = [json.dumps(row) + '\n' for row in rows if row['step'] <= step]
-    partial.write_text(''.join(lines), encoding='utf-8')
-    partial.replace(out / 'metrics.jsonl')
+    lines = [json.dumps(row) + '\n' for row in read_metrics(out) if row['step'] <= step]
+    write_text(out / 'metrics.jsonl', ''.join(lines))
 
 # %% ../nbs/59c_checkpoints.ipynb #309199f2
 class Log:

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from .attention import filters, read_patch
 from .data import Images
 from .filterbank import Window, attention_window
-from .model import DRAW, LSTMCell, Pretrained, check_sizes, explained, find_weights, hub_name, preset, stack_windows
+from .files import reraise_as
+from .model import DRAW, LSTMCell, Pretrained, check_sizes, find_weights, hub_name, preset, stack_windows
 from .muon import make_optimizers
 from .options import RECIPES, TrainOptions
 from .plots import READ_COLOR, draw_windows, image_grid
@@ -158,7 +159,7 @@ def network_class(
     "Which network the weights called `name` are for, told by the fields of their configuration; raises `ValueError` where it cannot be read"
     folder = find_weights(name)
     file = folder / 'config.json' if folder else Path(hf_hub_download(hub_name(name), 'config.json'))
-    with explained(ValueError, f'the config.json of {name} is damaged', ValueError, TypeError):
+    with reraise_as(ValueError, f'the config.json of {name} is damaged', ValueError, TypeError):
         fields = set(json.loads(file.read_text(encoding='utf-8')))
     return Convolutional if 'filters' in fields else DifferentiableRAM if 'classes' in fields else DRAW
 

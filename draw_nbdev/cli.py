@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'main']
 
-# %% ../nbs/85_cli.ipynb #01213b32
+# %% ../nbs/85_cli.ipynb #8bc996f0
 import inspect, json, os, signal, sys, threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 import typer
+from .files import remove_partial, write_json
 from .options import RECIPES, TrainOptions, recipe, with_epochs
 from .processes import leads, process_count, processes
 
@@ -65,16 +66,6 @@ def find_data(
     if images is None and found.name != wanted and leads():
         typer.echo(f'{wanted} is not at hand, {found.name} takes its place: {found.note}', err=True)
     return found
-
-# %% ../nbs/85_cli.ipynb #f8edf556
-def write_json(
-    path: Path, # Replaced in one move
-    values: object, # What JSON can hold
-) -> None:
-    "Write a file completely or not at all"
-    partial = path.with_name(path.name + '.tmp')
-    partial.write_text(json.dumps(values, indent=2), encoding='utf-8')
-    partial.replace(path)
 
 # %% ../nbs/85_cli.ipynb #f3678b1e
 CHOICES = { # Name in `TrainOptions` -> type and help of an option
@@ -395,7 +386,7 @@ def check_least(
     for name, value in values.items():
         if value is not None and value < 1: raise ValueError(f'--{name} must be at least 1, got {value}')
 
-# %% ../nbs/85_cli.ipynb #bbafaca1
+# %% ../nbs/85_cli.ipynb #0787fd70
 @app.command('evaluate')
 def evaluate_command(
     model: MODEL,
@@ -434,11 +425,9 @@ def evaluate_command(
     else: result, say = classification_error(network, found, glimpses, limit), say_error
     say_data(result)
     say(result)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
+    if out: write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
 
-# %% ../nbs/85_cli.ipynb #8c98c232
+# %% ../nbs/85_cli.ipynb #406f2a2f
 @app.command('generate')
 def generate_command(
     model: MODEL,
@@ -465,9 +454,9 @@ def generate_command(
     kept = c.channels * c.height * c.width + c.latent_size
     check_memory(f'{count} images in so many steps', 2 * count * (1 + steps) * kept)
     drawing = network.generate(count, glimpses, torch.Generator().manual_seed(seed))
-    out.mkdir(parents=True, exist_ok=True)
     about = {'model': model, 'count': count, 'glimpses': steps, 'seed': seed}
     write_json(out / 'generate.json', about)
+    remove_partial(out)
     size = c.write_size if c.attention else None
     few, more = drawing.first(8), drawing.first(36)
     plots.save(plots.image_grid(drawing.canvases[-1].sigmoid(), zoom=2), out / 'samples.png')

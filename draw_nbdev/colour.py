@@ -18,7 +18,8 @@ from h5py import h5d, h5f, h5g, h5r, h5s
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from .data import SPLITS, Images, _md5, _one_line, _open_url, _places, _write_somewhere
+from .data import SPLITS, Images, _open_url, _places, _write_somewhere
+from .files import md5, one_line, sha256
 from .images import _opened
 
 # %% ../nbs/56_colour.ipynb #5d9197aa
@@ -49,7 +50,7 @@ def digit_boxes(
     try:
         file = h5f.open_file_image(mat)
         names, records = (_values(h5d.open(file, b'digitStruct/' + field)) for field in (b'name', b'bbox'))
-    except Exception as error: raise ValueError(f'no digitStruct in MATLAB 7.3 format ({_one_line(error)})') from None
+    except Exception as error: raise ValueError(f'no digitStruct in MATLAB 7.3 format ({one_line(error)})') from None
     if len(names) != len(records) or len(names) == 0: raise ValueError(f'{len(names)} names and {len(records)} records of boxes')
     found = {}
     for number, (name, record) in enumerate(zip(names, records), 1):
@@ -58,7 +59,7 @@ def digit_boxes(
             boxes = _boxes(h5r.dereference(record, file), file)
         except Exception as error:
             name = f' ({name})' if isinstance(name, str) else ''
-            raise ValueError(f'record {number}{name} cannot be used: {_one_line(error)}') from None
+            raise ValueError(f'record {number}{name} cannot be used: {one_line(error)}') from None
         if name in found: raise ValueError(f'record {number}: there are two records for {name}')
         found[name] = boxes
     return found
@@ -102,7 +103,7 @@ def _damage_in(place: Path) -> Iterator[None]:
     "Make whatever a broken file or archive raises into one line"
     try: yield
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f'{place} is damaged ({_one_line(error)}); get it again') from None
+        raise ValueError(f'{place} is damaged ({one_line(error)}); get it again') from None
 
 def _is_in(name: str, part: str) -> bool:
     "Whether a path in an archive is a file of a part"
@@ -145,14 +146,10 @@ def _part_files(place: Path, part: str) -> Iterator[tuple[str, Callable[[], byte
 
 def _sha256(place: Path) -> str: # 64 hexadecimal digits
     "SHA-256 of a file; of a folder that of its digitStruct.mat and of what the file system says about the rest"
-    digest = hashlib.sha256()
-    if place.is_dir():
-        digest.update((place/'digitStruct.mat').read_bytes())
-        for file in sorted(place.iterdir()): digest.update(f'{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n'.encode())
-    else:
-        with open(place, 'rb') as file:
-            while block := file.read(2**20): digest.update(block)
-    return digest.hexdigest()
+    if not place.is_dir(): return sha256(place)
+    facts = [sha256(place/'digitStruct.mat')]
+    for file in sorted(place.iterdir()): facts.append(f'{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}')
+    return hashlib.sha256('\n'.join(facts).encode('utf-8', 'surrogateescape')).hexdigest()
 
 # %% ../nbs/56_colour.ipynb #a123b504
 def _make_crops(place: Path, part: str) -> np.ndarray: # Shape (bytes,): a whole .npy file of crops (count, 3, 64, 64), uint8
@@ -162,7 +159,7 @@ def _make_crops(place: Path, part: str) -> np.ndarray: # Shape (bytes,): a whole
     if mat is None: raise ValueError(f'{place} has no {part}/digitStruct.mat; get it again')
     try: boxes = {name: b for name, b in digit_boxes(mat).items() if len(b) <= MOST_DIGITS}
     except ValueError as error: raise ValueError(f'{place}: {part}/digitStruct.mat: {error}') from None
-    rows = {name: row for row, name in enumerate(sorted(boxes, key=lambda name: _md5(f'{part}/{name}'.encode('utf-8', 'replace'))))}
+    rows = {name: row for row, name in enumerate(sorted(boxes, key=lambda name: md5(f'{part}/{name}'.encode('utf-8', 'replace'))))}
     header, shape = io.BytesIO(), (len(rows), 3, CROP, CROP)
     np.lib.format.write_array_header_1_0(header, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
     whole = np.empty(header.tell() + np.prod(shape), np.uint8)
@@ -191,7 +188,7 @@ def _crops(place: Path, part: str, checksum: str, root: str | Path | None) -> np
         if crops.dtype != np.uint8 or crops.shape[1:] != (3, CROP, CROP): raise ValueError('wrong shape')
         return crops
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f'{here[0]} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
+        raise ValueError(f'{here[0]} is damaged ({one_line(error)}); remove it, and it will be made again') from None
 
 # %% ../nbs/56_colour.ipynb #dd0474f2
 PATCH = 54   # side of the patches, in pixels
@@ -272,7 +269,7 @@ def cifar10(
     place = _cifar_place(root, CIFAR10)
     try: data = CIFAR10(place, train=split != 'test').data
     except Exception as error:
-        raise ValueError(f'{place/CIFAR10.base_folder} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
+        raise ValueError(f'{place/CIFAR10.base_folder} is damaged ({one_line(error)}); remove it, and it will be made again') from None
     pixels = torch.from_numpy(np.ascontiguousarray(data.transpose(0, 3, 1, 2)))
     held = len(pixels)//10
     return Images({'train': pixels[:-held], 'valid': pixels[-held:], 'test': pixels}[split], 'cifar10', split, 'CIFAR-10, official files')
@@ -289,9 +286,9 @@ def _cifar_place(root: str | Path | None, official) -> Path:
         else:
             with _open_url(official.url) as answer, tqdm.wrapattr(answer, 'read', total=answer.length, desc=official.filename) as stream:
                 packed = b''.join(iter(lambda: stream.read(2**20), b''))
-        if _md5(packed) != official.tgz_md5: raise ValueError('wrong MD5')
+        if md5(packed) != official.tgz_md5: raise ValueError('wrong MD5')
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive: contents = {name: archive.extractfile(name).read() for name in names}
     except Exception as error:   # the network fails in many ways, and all of them call for the same remedy
-        raise FileNotFoundError(f'cifar10: no {here[0] if here else official.url} ({_one_line(error)}); '
+        raise FileNotFoundError(f'cifar10: no {here[0] if here else official.url} ({one_line(error)}); '
                                 f'put {official.filename} (from {official.url}) into {_places(root)[0]}') from None
     return _write_somewhere(contents, root)

@@ -7,18 +7,18 @@ __all__ = ['SPLITS', 'MNIST_MD5', 'FIXED_URL', 'FIXED_MD5', 'FIXED_FILE', 'PATIE
            'mnist', 'RedrawnImages', 'load', 'mnist_digits']
 
 # %% ../nbs/50_data.ipynb #e7affd0c
-import errno, functools, hashlib, io, lzma, os, queue
+import errno, functools, io, lzma, os, queue
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 from urllib.request import urlopen
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from .files import md5, one_line, replacing
 
 # %% ../nbs/50_data.ipynb #d6868429
 SPLITS = 'train', 'valid', 'test'
@@ -53,7 +53,7 @@ class Images:
     @functools.cached_property
     def checksum(self) -> str: # 32 hexadecimal digits
         "MD5 of the bytes held: says whether two runs saw the same data"
-        return _md5(self.pixels.contiguous().numpy())
+        return md5(self.pixels.contiguous().numpy())
 
     def batch(self,
         indices: Tensor | Sequence[int], # Which images, shape (batch,)
@@ -88,10 +88,6 @@ def data_root() -> Path: # $DRAW_DATA if set, else the cache of this user
         raise ValueError(f'there is no home folder for {f"DRAW_DATA={chosen}" if chosen else "the data"}; set DRAW_DATA to a folder') from None
 
 # %% ../nbs/50_data.ipynb #54611b3f
-def _md5(data) -> str:
-    "MD5 of anything that holds bytes: a checksum, not a safeguard"
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
 def _cache() -> Path:
     "This user's cache; `RuntimeError` for a user without a home folder"
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache') / 'draw_nbdev'
@@ -106,12 +102,7 @@ def _write(path: Path, data: bytes):
     "Write a whole file or none: other processes never see a part of it, and of several writers the last one wins"
     nearest = next(folder for folder in path.parents if folder.exists())
     if not nearest.stat().st_mode & 0o222: raise PermissionError(errno.EACCES, 'marked read-only')   # which would not stop the superuser
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{uuid4().hex}')
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    with replacing(path) as partial: partial.write_bytes(data)
 
 def _write_somewhere(
     contents: dict[str, bytes], # Path below the data folder -> bytes
@@ -135,7 +126,7 @@ def _unpack(name: str) -> bytes:
     "One IDX file of MNIST out of the package"
     try:
         data = lzma.decompress(files('draw_nbdev').joinpath('assets', f'{name}.xz').read_bytes())
-        if _md5(data) != MNIST_MD5[name]: raise ValueError('wrong MD5')
+        if md5(data) != MNIST_MD5[name]: raise ValueError('wrong MD5')
         return data
     except (OSError, lzma.LZMAError, ValueError) as error:
         raise ValueError(f'the MNIST inside draw_nbdev is damaged ({name}: {error}); install draw_nbdev again') from None
@@ -145,7 +136,7 @@ def _mnist_place(root: str | Path | None) -> Path:
     for place in _places(root):
         raw = {name: place/'MNIST'/'raw'/name for name in MNIST_MD5}
         for name, path in raw.items():
-            if path.is_file() and _md5(path.read_bytes()) != MNIST_MD5[name]:
+            if path.is_file() and md5(path.read_bytes()) != MNIST_MD5[name]:
                 raise ValueError(f'{path} is not the official file (wrong MD5); remove it, and it will be unpacked again')
         if all(path.is_file() for path in raw.values()): return place
     return _write_somewhere({f'MNIST/raw/{name}': _unpack(name) for name in MNIST_MD5}, root)
@@ -217,16 +208,12 @@ def _amat(split: str, root: str | Path | None) -> np.ndarray: # Shape (count, 78
             with _open_url(FIXED_URL + name) as answer, tqdm.wrapattr(answer, 'read', total=answer.length, desc=name) as stream:
                 text = b''.join(iter(lambda: stream.read(2**20), b''))
         bits = _parse_amat(text)
-        if _md5(bits) != FIXED_MD5[split]: raise ValueError('wrong MD5')
+        if md5(bits) != FIXED_MD5[split]: raise ValueError('wrong MD5')
         return bits
     except Exception as error:   # the network fails in many ways, and all of them call for the same remedy
         names = ', '.join(f'binarized_mnist_{s}.amat' for s in SPLITS)
-        raise FileNotFoundError(f'mnist_fixed: no {here[0] if here else FIXED_URL + name} ({_one_line(error)}); '
+        raise FileNotFoundError(f'mnist_fixed: no {here[0] if here else FIXED_URL + name} ({one_line(error)}); '
                                 f'put {names} (from {FIXED_URL}) into {_places(root)[0]}') from None
-
-def _one_line(error: Exception) -> str:
-    "What went wrong, without line breaks"
-    return ' '.join(str(error).split()) or type(error).__name__
 
 def _fixed_pixels(split: str, root: str | Path | None) -> Tensor: # Shape (count, 1, 28, 28), uint8, 0 or 1
     "The fixed binarisation from its packed file, which is made first if there is none"
@@ -238,9 +225,9 @@ def _fixed_pixels(split: str, root: str | Path | None) -> Tensor: # Shape (count
         here = [_write_somewhere({FIXED_FILE: buffer.getvalue()}, root)/FIXED_FILE]
     try:
         with np.load(here[0], allow_pickle=False) as stored: bits = np.ascontiguousarray(np.unpackbits(stored[split], axis=1))
-        if _md5(bits) != FIXED_MD5[split]: raise ValueError('wrong MD5')
+        if md5(bits) != FIXED_MD5[split]: raise ValueError('wrong MD5')
     except Exception as error:
-        raise ValueError(f'{here[0]} is damaged ({_one_line(error)}); remove it, and it will be made again') from None
+        raise ValueError(f'{here[0]} is damaged ({one_line(error)}); remove it, and it will be made again') from None
     return torch.from_numpy(bits).view(-1, 1, 28, 28)
 
 @functools.cache

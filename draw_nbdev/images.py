@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from .data import SPLITS, Images, _md5, _one_line
+from .data import SPLITS, Images
+from .files import md5, one_line
 
 # %% ../nbs/52_image_folder.ipynb #f14a5081
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.webp'}
@@ -35,7 +36,7 @@ def _files_below(path: Path) -> dict[str, tuple]: # Path below -> size and time 
                 elif entry.is_file() or not os.path.exists(entry):   # a link to nothing fails when it is opened
                     facts = entry.stat(follow_symlinks=entry.is_file())
                     files[(folder/entry.name).relative_to(path).as_posix()] = facts.st_size, facts.st_mtime_ns
-        except OSError as error: raise ValueError(f'{folder} cannot be read ({_one_line(error)}); allow it, or take it out') from None
+        except OSError as error: raise ValueError(f'{folder} cannot be read ({one_line(error)}); allow it, or take it out') from None
     return files
 
 @contextmanager
@@ -46,7 +47,7 @@ def _image_files(path: Path) -> Iterator[tuple[dict[str, tuple], Callable]]:
     elif not path.is_file() or not zipfile.is_zipfile(path): raise ValueError(f'{path} is neither a folder nor a zip file; give one of these')
     else:
         try: archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error: raise ValueError(f'{path} is a damaged zip file ({_one_line(error)}); get it again') from None
+        except zipfile.BadZipFile as error: raise ValueError(f'{path} is a damaged zip file ({one_line(error)}); get it again') from None
         with archive:
             yield (_only_images({o.filename: (o.file_size, o.CRC, o.header_offset) for o in archive.infolist() if not o.is_dir()}),
                    lambda name: io.BufferedReader(archive.open(name), 2**16))   # Pillow reads headers in many small pieces
@@ -76,7 +77,7 @@ def split_files(
     pool = splits['train']
     if len(pool) <= len(missing):
         raise ValueError(f'too few images ({len(pool)}) to cut {" and ".join(missing)} from them; give {len(missing) + 1} or more')
-    ranked = sorted(pool, key=lambda name: _md5(unicodedata.normalize('NFC', '/'.join(below[name])).encode('utf-8', 'surrogateescape')))
+    ranked = sorted(pool, key=lambda name: md5(unicodedata.normalize('NFC', '/'.join(below[name])).encode('utf-8', 'surrogateescape')))
     tenth = max(1, len(pool)//10)
     for k, split in enumerate(missing): splits[split] = ranked[k*tenth:(k + 1)*tenth]
     splits['train'] = ranked[len(missing)*tenth:]
@@ -93,7 +94,7 @@ def _opened(path: Path, open_file: Callable, name: str) -> Iterator[Image.Image]
             if 'exif' in image.info: ImageOps.exif_transpose(image, in_place=True)
             yield image
     except Exception as error:
-        raise ValueError(f'{path}: {name} cannot be used as an image ({_one_line(error)}); mend or remove it') from None
+        raise ValueError(f'{path}: {name} cannot be used as an image ({one_line(error)}); mend or remove it') from None
 
 def _is_grey(image: Image.Image) -> bool:
     "Whether the mode of an image, or its palette, has no colours"

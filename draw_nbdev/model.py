@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PARTS', 'ATTENTIVE', 'WHOLE', 'HOOKS', 'PRETRAINED', 'HUB', 'DRAWConfig', 'check_sizes', 'preset',
-           'LSTMCell', 'explained', 'DRAWOutput', 'Drawing', 'Step', 'stack_windows', 'Pretrained', 'is_hooked',
-           'is_known_norm', 'DRAW', 'hub_name', 'find_weights']
+           'LSTMCell', 'DRAWOutput', 'Drawing', 'Step', 'stack_windows', 'Pretrained', 'is_hooked', 'is_known_norm',
+           'DRAW', 'hub_name', 'find_weights']
 
 # %% ../nbs/30_model.ipynb #c368ccd6
 import contextlib, io, json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +19,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from .attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
+from .files import reraise_as
 from .filterbank import Window
 from .scan import fits, fused_scan
 
@@ -90,19 +91,6 @@ class LSTMCell(nn.Module):
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         return o.sigmoid() * self.norm(cell).tanh(), cell
 
-# %% ../nbs/30_model.ipynb #3e585d5e
-@contextlib.contextmanager
-def explained(
-    kind: type[Exception], # What to raise instead
-    text: str, # What went wrong, in the user's terms
-    *errors: type[Exception], # What to catch
-) -> Iterator[None]:
-    "Turn errors of a library into one line"
-    try: yield
-    except errors as error:
-        reason = ' '.join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__
-        raise kind(f'{text} ({reason})') from error
-
 # %% ../nbs/30_model.ipynb #b5a650e9
 class DRAWOutput(NamedTuple):
     "What the loss needs of one pass"
@@ -149,7 +137,7 @@ class Pretrained(PyTorchModelHubMixin):
         "Load configuration and weights; raises `ValueError` where they do not fit each other"
         folder = find_weights(name)
         problems = RuntimeError, SafetensorError, TypeError, json.JSONDecodeError, UnicodeDecodeError
-        with explained(ValueError, f'the weights and the config.json of {name} do not fit each other or are damaged', *problems):
+        with reraise_as(ValueError, f'the weights and the config.json of {name} do not fit each other or are damaged', *problems):
             if folder: cls.__init__.__annotations__['config'](**json.loads((folder / 'config.json').read_text(encoding='utf-8')))
             with contextlib.redirect_stdout(io.StringIO()):
                 network = super().from_pretrained(str(folder or hub_name(name)), strict=True, **options)

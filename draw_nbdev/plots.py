@@ -7,13 +7,13 @@ __all__ = ['WRITE_COLOR', 'READ_COLOR', 'image_grid', 'save', 'draw_windows', 's
            'samples_with_neighbours', 'learning_curves', 'kl_per_step']
 
 # %% ../nbs/80_plots.ipynb #70952eeb
-import contextlib, math, os, subprocess
-from collections.abc import Iterator
+import math, os, subprocess
 from pathlib import Path
 from types import SimpleNamespace
 import torch
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
+from .files import replacing
 
 # %% ../nbs/80_plots.ipynb #4b3c890f
 _FIELDS = 'center_x', 'center_y', 'stride', 'variance'
@@ -55,18 +55,6 @@ def image_grid(
     return Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
 
 # %% ../nbs/80_plots.ipynb #4ce3203a
-@contextlib.contextmanager
-def _whole(
-    path: Path, # Where the file belongs
-) -> Iterator[Path]: # A name beside it to write to
-    "Put a file in place when it is complete, and remove what an error leaves of it. Missing folders are made."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
 def save(
     picture, # PIL image or matplotlib figure
     path: str | os.PathLike, # Where to; the ending says the format. Missing folders are made
@@ -77,7 +65,7 @@ def save(
     figure, known = hasattr(picture, 'savefig'), Image.registered_extensions()
     if not figure and path.suffix.lower() not in known:
         raise ValueError(f'cannot save a picture as "{path.name}": end the name in .png or .gif')
-    with _whole(path) as temporary:
+    with replacing(path) as temporary:
         if figure: picture.savefig(temporary, format=path.suffix[1:] or 'png', **options)
         else: picture.save(temporary, format=known[path.suffix.lower()], **options)
     return path
@@ -188,7 +176,7 @@ def _write_mp4(
     figure = Figure((width, height), dpi=1) # an inch is a pixel
     writer = FFMpegWriter(fps=1000 / duration, codec='libx264', extra_args=['-f', 'mp4', '-movflags', '+faststart'])
     try:
-        with _whole(path) as temporary, writer.saving(figure, str(temporary), dpi=1):
+        with replacing(path) as temporary, writer.saving(figure, str(temporary), dpi=1):
             for frame in frames + frames[-1:] * (round(hold / duration) - 1):
                 figure.clear()
                 figure.figimage(ImageOps.expand(frame, (0, 0, width - frame.width, height - frame.height), 'white'))

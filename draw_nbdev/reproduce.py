@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'SHORT', 'QUICK', 'EXPERIMENTS', 'TABLE_2', 'TABLE_3', 'SYMBOLS', 'Outcome', 'COLUMNS', 'PAGE', 'FIGURE',
            'OFFICIAL', 'OTHER_DATA', 'MISSING', 'Scale', 'Experiment', 'full', 'Model', 'packaged', 'obtain', 'table_1',
-           'table_2', 'table_3', 'provenance', 'pictures', 'draw_figures', 'draw_diagrams', 'write_text', 'reproduce']
+           'table_2', 'table_3', 'provenance', 'pictures', 'draw_figures', 'draw_diagrams', 'reproduce']
 
 # %% ../nbs/90_reproduce.ipynb #0cc53e85
 import html, json, re
@@ -23,6 +23,7 @@ from .data import Images
 from .data_sets import find
 from .digits import FreshDigits
 from .evaluation import Evaluation, evaluate, nearest_images
+from .files import remove_partial, write_json, write_text
 from .model import DRAW, DRAWConfig, Drawing, PRESETS, PRETRAINED, preset
 from .options import PAPER_RECIPES, RECIPES, TrainOptions
 from .checkpoints import check_folder, read_metrics
@@ -232,15 +233,6 @@ def draw_diagrams(
             'figure_4.png': 'Figure 4. A photograph, a patch of 12 x 12, the patch put back, and the first and the last filter.'}
 
 # %% ../nbs/90_reproduce.ipynb #c4d116ed
-def write_text(
-    file: Path, # Replaced in one move
-    text: str, # What it shall hold
-) -> None:
-    "Write a file completely or not at all"
-    partial = file.with_name(f'{file.name}.tmp')
-    partial.write_text(text, encoding='utf-8')
-    partial.replace(file)
-
 PAGE = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>DRAW, reproduced</title>
 <style>
@@ -286,7 +278,8 @@ def reproduce(
     marker = out / 'reproduce.json'
     check_folder(out, marker.name)
     out.mkdir(parents=True, exist_ok=True)
-    if not marker.is_file(): marker.write_text('{}', encoding='utf-8')
+    remove_partial(out)
+    if not marker.is_file(): write_text(marker, '{}')
     results, histories, missing, notes = {}, {}, {}, {}
     captions = draw_diagrams(out)
     for experiment in (EXPERIMENTS[name] for name in names):
@@ -314,6 +307,6 @@ def reproduce(
     page = PAGE.format(version=__version__, scale=scale, notes='\n'.join([*lines, *notes.values()]), figures=figures, provenance=provenance(results).to_html(),
                        **{name: table.to_html() for name, table in tables.items()})
     for name, table in tables.items(): write_text(out / f'{name}.csv', table.to_csv())
-    write_text(marker, json.dumps(saved, indent=2))
+    write_json(marker, saved)
     write_text(out / 'index.html', page)
     return out / 'index.html'

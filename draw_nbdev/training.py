@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['generator_for', 'moving_average', 'Task', 'choose_precision', 'machine', 'train']
 
-# %% ../nbs/60_training.ipynb #569562be
+# %% ../nbs/60_training.ipynb #30ead3d4
 import os, platform, warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -23,9 +23,10 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from . import __version__
 from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_state, open_run,
-                                    save_state, save_weights, take_lock, write_run)
+                                    save_state, save_weights, take_lock)
 from .data import Images
 from .evaluation import evaluate
+from .files import remove_partial, write_json
 from .loss import bound
 from .model import DRAW, DRAWConfig
 from .muon import make_optimizers
@@ -166,7 +167,7 @@ def machine(
             if line.startswith('model name'): name = line.split(':')[1].strip()
     return {'hardware': f'{name}, {os.cpu_count()} cores', 'software': software}
 
-# %% ../nbs/60_training.ipynb #1794cc4a
+# %% ../nbs/60_training.ipynb #def5a6fc
 class Record:
     "What a run in progress measures and writes; all processes call it, the main one writes"
     def __init__(self,
@@ -181,7 +182,8 @@ class Record:
         self.options, self.description, self.progress = options, description, progress
         self.main, self.log = accelerator.is_main_process, None
         if self.main:
-            write_run(out, description)
+            remove_partial(out)
+            write_json(out / 'run.json', description)
             keep_metrics(out, progress['step'])
             self.log = Log(out, progress['step'])
         self.began = perf_counter() - progress['seconds']

@@ -417,9 +417,9 @@ def cifar(monkeypatch):
             member = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    for key in ('train_list', 'test_list'): monkeypatch.setattr(CIFAR10, key, [[name, data._md5(contents[name])] for name, _ in getattr(CIFAR10, key)])
-    monkeypatch.setattr(CIFAR10, 'meta', {**CIFAR10.meta, 'md5': data._md5(contents['batches.meta'])})
-    monkeypatch.setattr(CIFAR10, 'tgz_md5', data._md5(stream.getvalue()))
+    for key in ('train_list', 'test_list'): monkeypatch.setattr(CIFAR10, key, [[name, data.md5(contents[name])] for name, _ in getattr(CIFAR10, key)])
+    monkeypatch.setattr(CIFAR10, 'meta', {**CIFAR10.meta, 'md5': data.md5(contents['batches.meta'])})
+    monkeypatch.setattr(CIFAR10, 'tgz_md5', data.md5(stream.getvalue()))
     return stream.getvalue(), contents, np.concatenate(list(raw.values())).reshape(-1, 3, 32, 32)
 
 

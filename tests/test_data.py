@@ -185,7 +185,7 @@ def server(places, monkeypatch):
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     monkeypatch.setattr(data, 'FIXED_URL', f'http://127.0.0.1:{httpd.server_port}/')
-    monkeypatch.setattr(data, 'FIXED_MD5', {split: data._md5(b) for split, b in bits.items()})
+    monkeypatch.setattr(data, 'FIXED_MD5', {split: data.md5(b) for split, b in bits.items()})
     monkeypatch.setenv('no_proxy', '*')
     yield bits, pages, asked
     httpd.shutdown()

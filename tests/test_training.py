@@ -87,7 +87,7 @@ def child(out, options=OPTIONS, environment={}, die_at=None, file_limit=None, sl
         if event in ('os.remove', 'os.rmdir') or event in ('open', 'os.rename', 'os.mkdir', 'shutil.rmtree') and str(arguments[0]).startswith(str(out)):
             operations += 1
             if operations == die_at: os.kill(os.getpid(), signal.SIGKILL)
-        if event == 'os.rename' and str(arguments[0]).endswith('run.json.tmp'): time.sleep(slow_to_make)
+        if event == 'os.rename' and Path(arguments[0]).name.startswith('.run.json.'): time.sleep(slow_to_make)
     sys.addaudithook(hook)
     def look(*arguments, **more):
         time.sleep(slow_to_look)
@@ -187,8 +187,8 @@ def test_remains_of_a_killed_process_do_no_harm(undisturbed, tmp_path):
     with pytest.raises(InterruptedError): toy_train(out, batches=11)
     (out / 'state.tmp').mkdir(); (out / 'state.tmp/model.safetensors').write_bytes(b'half')
     (out / 'best.tmp').mkdir(); (out / 'best.tmp/model.safetensors').write_bytes(b'half')
-    (out / 'run.json.tmp').write_text('{"config": ')
-    (out / 'metrics.jsonl.tmp').write_text('{"step": 1')
+    (out / '.run.json.01234567.tmp').write_text('{"config": ')
+    (out / '.metrics.jsonl.01234567.tmp').write_text('{"step": 1')
     with open(out / 'metrics.jsonl', 'a') as file: file.write('{"step": 11, "epo')
     toy_train(out)
     assert_same(out, undisturbed)
@@ -198,7 +198,7 @@ def test_killed_before_there_was_a_run(undisturbed, tmp_path):
     "A folder that holds nothing but an unfinished run.json is the beginning of a run"
     out = tmp_path / 'run'
     out.mkdir()
-    (out / 'run.json.tmp').write_text('{"config": ')
+    (out / '.run.json.01234567.tmp').write_text('{"config": ')
     toy_train(out)
     assert_same(out, undisturbed)
 
@@ -222,7 +222,7 @@ def calls(number):
     return lambda *_: next(counter) >= number
 
 FAULTS = { # Where the disk is full -> what fails there, and how many updates are in the state that is left
-    'run.json': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name == 'run.json.tmp', Path.write_text, full_disk)), 0),
+    'run.json': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name.startswith('.run.json.'), Path.write_text, full_disk)), 0),
     'first state': (lambda patch: patch.setattr(Path, 'replace', when(lambda _, target: target.name.startswith('state-'), Path.replace, full_disk)), 0),
     'averaged weights': (lambda patch: patch.setattr(checkpoints, 'save_file', when(calls(2), checkpoints.save_file, half_save_file)), 6),
     'progress': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name == 'progress.json' and (path.parents[1] / 'state-00000006').exists(), Path.write_text, full_disk)), 6),
@@ -439,7 +439,7 @@ def test_two_runs_in_one_folder(start, undisturbed, tmp_path):
     out, report = tmp_path / 'run', tmp_path / 'report'
     first = start(out, slow_to_make=3)
     until = time.monotonic() + 60
-    while not (out / 'run.json.tmp').exists() and time.monotonic() < until: time.sleep(0.01)
+    while not any(out.glob('.run.json.*')) and time.monotonic() < until: time.sleep(0.01)
     assert finish(start(out, report=report)) == [0]
     assert 'is being written by another run' in json.loads(report.read_text())[1]
     assert finish(first) == [0]

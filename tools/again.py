@@ -9,6 +9,7 @@ values are equal, so are the weights. Evaluations are compared by the test value
 import argparse, json
 from pathlib import Path
 import torch
+from draw_nbdev.files import write_text
 from draw_nbdev.training import machine
 from record import record
 
@@ -61,7 +62,5 @@ if __name__ == '__main__':
     rows = {(row['name'], row['value']): row for row in json.loads(OUT.read_text(encoding='utf-8'))} if OUT.is_file() else {}
     row = again(arguments.folder, arguments.name)
     rows[row['name'], row['value']] = row
-    partial = OUT.with_suffix('.tmp')
-    partial.write_text(json.dumps([rows[key] for key in sorted(rows)], indent=1) + '\n', encoding='utf-8')
-    partial.replace(OUT)
+    write_text(OUT, json.dumps([rows[key] for key in sorted(rows)], indent=1) + '\n')
     print(json.dumps(row, indent=1))

@@ -6,6 +6,7 @@ Everything on a card is read from the folder's training.json and from results/NA
 import json
 from pathlib import Path
 from huggingface_hub import ModelCardData
+from draw_nbdev.files import write_text
 from draw_nbdev.model import PRETRAINED
 
 RESULTS = Path(__file__).parent.parent / 'results'
@@ -54,5 +55,5 @@ network = {network}.from_pretrained('{name}')
 
 if __name__ == '__main__':
     for folder in sorted(PRETRAINED.iterdir()):
-        (folder / 'README.md').write_text(card(folder.name), encoding='utf-8')
+        write_text(folder / 'README.md', card(folder.name))
         print(folder / 'README.md')

@@ -7,6 +7,7 @@ together with what they were measured on."""
 import json, subprocess, sys, tempfile
 from pathlib import Path
 import torch
+from draw_nbdev.files import write_text
 from draw_nbdev.training import machine
 
 RUNS = (
@@ -24,7 +25,6 @@ if __name__ == '__main__':
             subprocess.run([sys.executable, '-c', 'from draw_nbdev.cli import main; main()', 'benchmark', '--json', str(file), *options], check=True)
             rows += json.loads(file.read_text())
     out = Path('results/benchmark.json')
-    partial = out.with_suffix('.tmp')
-    partial.write_text(json.dumps({'machine': '; '.join(machine(torch.device('cpu')).values()), 'rows': rows}, indent=1) + '\n')
-    partial.replace(out)
+    measured = {'machine': '; '.join(machine(torch.device('cpu')).values()), 'rows': rows}
+    write_text(out, json.dumps(measured, indent=1) + '\n')
     print(out)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from draw_nbdev.classifier import classification_error, load_classifier
 from draw_nbdev.data_sets import find
 from draw_nbdev.evaluation import evaluate
+from draw_nbdev.files import write_json, write_text
 from draw_nbdev.model import DRAW, PRETRAINED, DRAWConfig
 from draw_nbdev.reproduce import EXPERIMENTS
 from draw_nbdev.checkpoints import read_metrics, save_weights
@@ -50,9 +51,9 @@ def package(
     if moved >= LIMITS[kind]: save_file(whole, file, metadata)
     file.chmod((out / 'config.json').stat().st_mode)
     history['half_precision'] = {'used': moved < LIMITS[kind], 'moves_valid_by': moved}
-    (out / 'training.json').write_text(json.dumps(history, indent=2), encoding='utf-8')
-    (out / 'README.md').write_text(card(name), encoding='utf-8')
-    (out / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in thinned(read_metrics(run))), encoding='utf-8')
+    write_json(out / 'training.json', history)
+    write_text(out / 'README.md', card(name))
+    write_text(out / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in thinned(read_metrics(run))))
     print(f'{out.relative_to(Path.cwd())}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB, valid {before:.4f}, half precision moves it by {moved:.4f}')
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ import torch
 from draw_nbdev.classifier import CLASSIFIERS, classification_error, load_classifier
 from draw_nbdev.data_sets import MAKERS, find
 from draw_nbdev.evaluation import evaluate
+from draw_nbdev.files import write_text
 from draw_nbdev.model import DRAW, PRESETS
 from draw_nbdev.options import TrainOptions, recipe, with_epochs
 from draw_nbdev.checkpoints import read_metrics
@@ -87,7 +88,5 @@ if __name__ == '__main__':
                         help='use the test set; for a DRAW network with K importance samples, 50 if not given')
     arguments = parser.parse_args()
     out = Path('results') / f'{arguments.name}.json'
-    partial = out.with_suffix('.tmp')
-    partial.write_text(json.dumps(record(arguments.run, arguments.name, arguments.test), indent=1) + '\n', encoding='utf-8')
-    partial.replace(out)
+    write_text(out, json.dumps(record(arguments.run, arguments.name, arguments.test), indent=1) + '\n')
     print(out)

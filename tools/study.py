@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from draw_nbdev.classifier import CLASSIFIERS, train_classifier
 from draw_nbdev.data_sets import find
+from draw_nbdev.files import write_text
 from draw_nbdev.model import DRAW, DRAWConfig, preset
 from draw_nbdev.options import RECIPES, TrainOptions
 from draw_nbdev.checkpoints import read_metrics
@@ -144,8 +145,6 @@ if __name__ == '__main__':
     known[row['name']] = row
     study = {'data': 'mnist_fixed', 'glimpses': 8, 'base': {key: getattr(BASE, key) for key in SHOWN},
              'rows': [known[name] for name in VARIANTS if name in known]}
-    partial = OUT.with_suffix('.tmp')
-    partial.write_text(json.dumps(study, indent=1) + '\n', encoding='utf-8')
-    partial.replace(OUT)
+    write_text(OUT, json.dumps(study, indent=1) + '\n')
     value = f'{row["valid_bound"]:7.2f} nats' if 'valid_bound' in row else f'{100 * row["valid_error"]:7.2f} %'
     print(f'{row["name"]:24} {value}, {row["cpu_seconds"] / 60:5.1f} CPU minutes', flush=True)

@@ -4,14 +4,15 @@
 
 The package holds the averaged weights, the curve and the options of a run. Training goes on from the averaged weights; Adam's moments are not
 packaged and begin at zero. RUN/unpacked.json says so, and tools/record.py copies it into the result."""
-import argparse, hashlib, json
+import argparse, json
 from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
+from draw_nbdev.files import sha256, write_json, write_text
 from draw_nbdev.model import DRAW, PRETRAINED
 from draw_nbdev.options import TrainOptions
-from draw_nbdev.checkpoints import save_state, save_weights, write_run
+from draw_nbdev.checkpoints import save_state, save_weights
 from draw_nbdev.training import Task
 
 def unpack(
@@ -22,15 +23,16 @@ def unpack(
     history = json.loads((PRETRAINED / name / 'training.json').read_text(encoding='utf-8'))
     del history['half_precision']
     if run.exists(): raise ValueError(f'{run} exists: choose another folder')
-    write_run(run, {key: history[key] for key in ('config', 'options', 'version', 'data', 'segments') if key in history})
+    names = 'config', 'options', 'version', 'data', 'segments'
+    write_json(run / 'run.json', {key: history[key] for key in names if key in history})
     curve = (PRETRAINED / name / 'metrics.jsonl').read_text(encoding='utf-8')
-    (run / 'metrics.jsonl').write_text(curve, encoding='utf-8')
+    write_text(run / 'metrics.jsonl', curve)
     model = DRAW.from_pretrained(name)
     save_weights(model, run / 'best', history)
-    unpacked = {'weights': name, 'epochs': history['epochs'], 'sha256': hashlib.sha256((PRETRAINED / name / 'model.safetensors').read_bytes()).hexdigest()}
+    unpacked = {'weights': name, 'epochs': history['epochs'], 'sha256': sha256(PRETRAINED / name / 'model.safetensors')}
     result = Path(f'results/{name}.json')
     if result.is_file(): unpacked['hardware'] = json.loads(result.read_text(encoding='utf-8'))['hardware'] # of the epochs so far
-    (run / 'unpacked.json').write_text(json.dumps(unpacked, indent=1) + '\n', encoding='utf-8')
+    write_text(run / 'unpacked.json', json.dumps(unpacked, indent=1) + '\n')
 
     accelerator = Accelerator(cpu=True)
     averaged = AveragedModel(model)

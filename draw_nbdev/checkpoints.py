@@ -43,7 +43,8 @@ def save_state(
     refused = f'{out} cannot be written to'
     if accelerator.is_main_process: shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with reraise_as(OSError, refused, SafetensorError, RuntimeError): accelerator.save_state(partial)
+    with reraise_as(OSError, refused, SafetensorError, RuntimeError):
+        accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         weights = {name: value.contiguous() for name, value in averaged.state_dict().items()}
@@ -102,7 +103,7 @@ def save_weights(
         model.save_pretrained(partial)
     (partial / 'training.json').write_text(json.dumps(history, indent=2), encoding='utf-8')
     folder.mkdir(exist_ok=True)
-    mode = (partial / 'config.json').stat().st_mode # safetensors makes files that only their owner can read
+    mode = (partial / 'config.json').stat().st_mode # not of its owner alone
     (partial / 'model.safetensors').chmod(mode)
     for file in partial.iterdir(): os.replace(file, folder / file.name)
     partial.rmdir()
@@ -130,7 +131,7 @@ def read_run(
     problems = ValueError, KeyError, TypeError, AttributeError, RecursionError
     with reraise_as(ValueError, f'{file} is damaged: choose another --out', *problems):
         run = json.loads(file.read_text(encoding='utf-8'))
-        options = {**asdict(TrainOptions()), **run['options']} # what is not named is younger than the run
+        options = {**asdict(TrainOptions()), **run['options']} # some are younger than the run
         first = {'from_step': 0, 'epochs': options['epochs'], 'precision': options['precision']}
         run = {**run, 'options': options, 'segments': run.get('segments', [first])}
         for part in ('config', 'options', 'data'): run[part].items()
@@ -155,7 +156,7 @@ def open_run(
     out: Path, # Folder of the run
     description: dict, # With config, options, data and version
 ) -> dict | None: # Description of the run that is there
-    "Check that `out` is a new folder, then None, or holds the same run; raises `ValueError` otherwise"
+    "The run in `out`, None if it is new; raises `ValueError` where another run is there"
     file, best = out / 'run.json', out / 'best'
     check_folder(out, file.name)
     if best.exists() and not (best.is_dir() and all(part.is_file() for part in best.iterdir())):
@@ -181,15 +182,16 @@ def check_epochs(
     if now.epochs >= old.epochs or not done: return
     rates = [learning_rate(options, done - 1, per_epoch * options.epochs) for options in (old, now)]
     if done > per_epoch * now.epochs or rates[0] != rates[1]:
-        raise ValueError(f'the learning rate of a run of {now.epochs} epochs would have fallen by now: '
-                         f'give at least as many as before, {old.epochs}, or choose another --out')
+        raise ValueError(f'the learning rate of a run of {now.epochs} epochs would have fallen by '
+                         f'now: give at least as many as before, {old.epochs}, '
+                         'or choose another --out')
 
 # %% ../nbs/59c_checkpoints.ipynb #97c4aff8
 def add_segment(
     segments: list[dict], # Of the run so far
-    segment: dict, # With from_step, the number of updates done, and what the next ones are made with
+    segment: dict, # With from_step, and what the next updates are made with
 ) -> list[dict]:
-    "Segments of a run that goes on, without those that left no update; one that changes nothing is not added"
+    "Segments of a run that goes on, without those that left or changed nothing"
     kept = [s for s in segments if s['from_step'] < segment['from_step']]
     if kept and {**kept[-1], 'from_step': segment['from_step']} == segment: return kept
     return [*kept, segment]
@@ -216,7 +218,7 @@ def tell_segments(
 # %% ../nbs/59c_checkpoints.ipynb #531db544
 def read_metrics(
     run: str | Path, # Folder of a run
-) -> list[dict]: # One for each line: step, epoch, split, glimpses, bound, reconstruction, latent in nats per image, and more
+) -> list[dict]: # A line each: step, epoch, split, glimpses, and values in nats per image
     "The metrics of a run; a line that was cut off by a crash, or is none of them, is left out"
     rows, file = [], Path(run) / 'metrics.jsonl'
     if not file.is_file(): return rows

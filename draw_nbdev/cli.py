@@ -30,10 +30,12 @@ def option(
     return Annotated[kind | None, typer.Option(help=text)]
 
 # %% ../nbs/85_cli.ipynb #6d17d00c
-NETWORK = 'A packaged name, the folder of a run or of weights, or hf://owner/name on the Hugging Face Hub.'
+NETWORK = ('A packaged name, the folder of a run or of weights, '
+           'or hf://owner/name on the Hugging Face Hub.')
 MODEL = Annotated[str, typer.Argument(help=NETWORK)]
 SEED = Annotated[int, typer.Option(help='Source of everything random.')]
-SPLIT = Annotated[str, typer.Option(help='train, valid or test. Choose on valid, report test once.')]
+SPLIT = Annotated[str, typer.Option(
+    help='train, valid or test. Choose on valid, report test once.')]
 DATA = option(str, 'Data set, one of those that `draw data` lists. '
                    'Default: the one that goes with the network.')
 IMAGES = option(Path, 'Folder or zip of your own images, instead of --data.')
@@ -55,7 +57,8 @@ def find_data(
     if data is not None and images is not None:
         raise ValueError('--data and --images are both given: choose one')
     if data is not None and data not in MAKERS:
-        raise ValueError(f'no data set {data!r}: choose one of {", ".join(MAKERS)}, or give --images')
+        raise ValueError(f'no data set {data!r}: choose one of {", ".join(MAKERS)}, '
+                         'or give --images')
     if images is None and name is None:
         raise ValueError('this network was not trained on a data set with a name: '
                          'give --data or --images')
@@ -93,9 +96,10 @@ def with_choices(
     def extend(verb):
         signature = inspect.signature(verb)
         fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        kinds = {name: option(kind, f"{text} Default: the recipe's.") for name, (kind, text) in choices.items()}
-        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-                 for name, kind in kinds.items()]
+        kinds = {name: option(kind, f"{text} Default: the recipe's.")
+                 for name, (kind, text) in choices.items()}
+        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                                   annotation=kind) for name, kind in kinds.items()]
         verb.__signature__ = signature.replace(parameters=[*fixed, *added])
         verb.__annotations__ = {**{p.name: p.annotation for p in fixed}, **kinds}
         return verb
@@ -110,6 +114,7 @@ EPOCHS = option(int, "Passes over the training images. Default: the recipe's; "
 STAGES = option(str, 'Steps, T, or stages glimpses:epochs such as 16:10,32:10,64:80. '
                      "Default: the recipe's.")
 READ_SIZE = option(int, "Side of the read patch, N, in filters. Default: the preset's.")
+WRITE_SIZE = option(int, "Side of the write patch, N, in filters. Default: the preset's.")
 PROCESSES = option(int, 'Processes that share every batch. Default: on a CPU, '
                         'one for each core (OMP_NUM_THREADS, where it is set).')
 
@@ -117,7 +122,7 @@ PROCESSES = option(int, 'Processes that share every batch. Default: on a CPU, '
 def parse_glimpses(
     text: str, # '64', or stages '16:10,32:10,64:80' as glimpses:epochs
     epochs: int | None, # Given beside it, or None
-) -> tuple[int, tuple[tuple[int, int], ...], int | None]: # Final glimpses, earlier stages, epochs in all
+) -> tuple[int, tuple[tuple[int, int], ...], int | None]: # Final glimpses, stages, epochs
     "What --glimpses means; raises `ValueError` for anything else"
     try:
         if ':' not in text: return int(text), (), epochs
@@ -197,7 +202,8 @@ def check_training(
     "Weights, gradient, average and moments; and what every step of a batch keeps"
     step = 12 * config.hidden_size + config.channels * config.height * config.width
     kept = options.batch_size * config.glimpses * step
-    check_memory('this network, or so many images and steps at once,', 5 * count_weights(config) + kept)
+    what = 'this network, or so many images and steps at once,'
+    check_memory(what, 5 * count_weights(config) + kept)
 
 # %% ../nbs/85_cli.ipynb #a8658b43
 class Interrupted(Exception):
@@ -264,7 +270,7 @@ def train_command(
     hidden_size: option(int, "Length of the LSTMs' outputs. Default: the preset's.") = None,
     latent_size: option(int, "Length of each z. Default: the preset's.") = None,
     read_size: READ_SIZE = None,
-    write_size: option(int, "Side of the write patch, N, in filters. Default: the preset's.") = None,
+    write_size: WRITE_SIZE = None,
     layer_norm: Annotated[bool, typer.Option(
         help="Normalise the LSTMs' cells; not in the paper.")] = False,
     processes: PROCESSES = None,
@@ -281,7 +287,8 @@ def train_command(
     count, out = process_count(options.batch_size, processes), out or Path('runs') / preset
     check_folder(out, 'run.json')
     default = preset.removesuffix('_no_attention')
-    train_set, valid_set = (find_data(data, images, size, split, default) for split in ('train', 'valid'))
+    train_set = find_data(data, images, size, 'train', default)
+    valid_set = find_data(data, images, size, 'valid', default)
     if images is not None:
         channels, height, width = train_set.shape
         config = replace(config, channels=channels, height=height, width=width)
@@ -324,7 +331,7 @@ def classify_command(
     processes: PROCESSES = None,
     **chosen,
 ):
-    "Train a classifier of cluttered MNIST, and classify a split with it: OUT/best, OUT/classification.json and OUT/glimpses.png."
+    "Train a classifier of cluttered MNIST, and classify a split: OUT/best, OUT/glimpses.png."
     import torch
     from draw_nbdev import plots
     from draw_nbdev.checkpoints import check_folder
@@ -336,7 +343,8 @@ def classify_command(
     check_training(config, options)
     count, out = process_count(options.batch_size, processes), out or Path('runs') / preset
     check_folder(out, 'run.json')
-    train_set, valid_set, images = (find('cluttered_mnist', name) for name in ('train', 'valid', split))
+    train_set, valid_set, images = (find('cluttered_mnist', part)
+                                    for part in ('train', 'valid', split))
     def describe(row):
         return (f'error {100 * row["error"]:.2f} ± {100 * row["error_se"]:.2f} % '
                 f'on {valid_set.name} valid (T = {row["glimpses"]})')
@@ -384,7 +392,8 @@ def check_least(
 ) -> None:
     "Raise `ValueError` for a number below one"
     for name, value in values.items():
-        if value is not None and value < 1: raise ValueError(f'--{name} must be at least 1, got {value}')
+        if value is not None and value < 1:
+            raise ValueError(f'--{name} must be at least 1, got {value}')
 
 # %% ../nbs/85_cli.ipynb #0787fd70
 @app.command('evaluate')
@@ -397,7 +406,7 @@ def evaluate_command(
     glimpses: GLIMPSES = None,
     seeds: Annotated[int, typer.Option(
         help='Evaluations with seeds 0, 1, ...; their spread is printed.')] = 1,
-    samples: option(int, 'Importance samples k for the tighter bound. Default: not computed.') = None,
+    samples: option(int, 'Importance samples k for the tighter bound. Default: none.') = None,
     limit: option(int, 'Use the first so many images. Default: all.') = None,
     out: option(Path, 'Folder for evaluation.json. Default: only print.') = None,
 ):
@@ -418,13 +427,14 @@ def evaluate_command(
     check_memory('so many steps', 1000 * (glimpses or 1) * network.config.hidden_size)
     check_memory('so many seeds or samples', 10_000 * seeds * steps + 2000 * (samples or 1))
     trained_on = 'mnist' if kind is DRAW else 'cluttered_mnist'
-    if folder and (folder / 'training.json').is_file(): trained_on = data_of(folder / 'training.json')
+    history = folder and folder / 'training.json'
+    if history and history.is_file(): trained_on = data_of(history)
     default = trained_on if trained_on in MAKERS or zip_in_data_folder(trained_on) else None
     found = find_data(data, images, size, split, default)
-    if kind is DRAW: result, say = evaluate(network, found, glimpses, seeds, samples, limit), say_bound
-    else: result, say = classification_error(network, found, glimpses, limit), say_error
+    if kind is DRAW: result = evaluate(network, found, glimpses, seeds, samples, limit)
+    else: result = classification_error(network, found, glimpses, limit)
     say_data(result)
-    say(result)
+    (say_bound if kind is DRAW else say_error)(result)
     if out: write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
 
 # %% ../nbs/85_cli.ipynb #406f2a2f
@@ -483,7 +493,7 @@ def reproduce_command(
 # %% ../nbs/85_cli.ipynb #bfe5d6bb
 @app.command('benchmark')
 def benchmark_command(
-    preset: option(list[str], 'Sizes to measure; may be given several times. Default: mnist.') = None,
+    preset: option(list[str], 'Sizes to measure; several times. Default: mnist.') = None,
     batch: option(list[int], 'Images in a batch; several times. Default: 100, 256.') = None,
     glimpses: option(list[int], 'Steps, T; several times. Default: 16, 32, 64.') = None,
     attention: option(bool, 'With or without attention only. Default: both.') = None,
@@ -493,13 +503,14 @@ def benchmark_command(
     json_file: Annotated[Path | None, typer.Option('--json',
         help='File for the table as a list of rows. Default: only print.')] = None,
 ):
-    "Training steps per second: the fused scan, the definition under autograd, and the matrix products alone."
+    "Training images/s: fused scan, definition under autograd, matrix products alone."
     import pandas as pd
     from draw_nbdev.benchmark import benchmark
     if json_file and json_file.exists():
         raise ValueError(f'{json_file} exists: choose another --json, or remove it')
     if json_file and not json_file.parent.is_dir():
-        raise ValueError(f'{json_file.parent} is no folder: make it first, or choose another --json')
+        raise ValueError(f'{json_file.parent} is no folder: '
+                         'make it first, or choose another --json')
     if not 0 < seconds < 86400:
         raise ValueError(f'--seconds must be above 0 and at most a day, got {seconds}')
     both = (True, False) if attention is None else (attention,)
@@ -517,7 +528,8 @@ def data_command():
     from draw_nbdev.data_sets import data_sets
     typer.echo(f'Data folder: {data_root()} (set DRAW_DATA to choose another)')
     for row in data_sets():
-        typer.echo(f'\n{row.name}: {row.images}\n  {row.state}\n  {row.size}; licence: {row.licence}')
+        typer.echo(f'\n{row.name}: {row.images}\n  {row.state}\n'
+                   f'  {row.size}; licence: {row.licence}')
 
 # %% ../nbs/85_cli.ipynb #15ca87ad
 def main() -> None:

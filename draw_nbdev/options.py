@@ -13,20 +13,20 @@ from math import cos, pi
 # %% ../nbs/59_options.ipynb #6821e851
 @dataclass(frozen=True)
 class TrainOptions:
-    "Everything that shapes a run beside the network and the data; raises `ValueError` for values that make no run"
+    "What shapes a run beside network and data; raises `ValueError` for what makes no run"
     epochs: int = 100 # Passes over the training set
-    growth: tuple[tuple[int, int], ...] = () # (glimpses, epochs) pairs to begin with; the other epochs run at the configuration's glimpses
+    growth: tuple[tuple[int, int], ...] = () # Pairs (glimpses, epochs) to begin with
     batch_size: int = 100 # Images per update, all processes together
-    optimizer: str = 'adam' # 'adam' for all weights, or 'muon' for the matrices of LSTMs and posterior and Adam for the rest
+    optimizer: str = 'adam' # Or 'muon': for the large matrices, with Adam for the rest
     learning_rate: float = 1e-3 # Step size at its highest
     final_rate: float = 0.05 # Share of the learning rate that is left at the end
-    decay: float = 1.0 # Share of the updates, the last ones, over which the learning rate falls; 1 for all
+    decay: float = 1.0 # Share of the updates, the last ones, over which it falls
     rate_warmup: int = 100 # Updates over which the learning rate rises from zero
     kl_warmup: int = 500 # Updates over which the weight of L^z rises from zero to one; 0 for none
-    clip_norm: float | None = 10.0 # Largest norm of the gradient of the mean loss, all weights together; no limit if None
-    every_glimpse: bool = False # For classifiers: a loss after every glimpse, not after the last alone
+    clip_norm: float | None = 10.0 # Largest norm of the whole gradient; None: no limit
+    every_glimpse: bool = False # Classifiers: a loss after each, not the last alone
     average: float = 0.999 # Decay of the moving average of the weights that is evaluated and kept
-    precision: str = 'no' # Accelerate's mixed precision: no, bf16 or fp16; 'auto' for bf16 where the hardware multiplies it, else no
+    precision: str = 'no' # Or bf16, fp16; auto: bf16 where the hardware multiplies it
     valid_images: int | None = None # Use the first so many validation images; all if None
     save_every: int = 200 # Updates between saved states; one is also saved after every epoch
     log_every: int = 10 # Updates between lines of metrics
@@ -34,24 +34,43 @@ class TrainOptions:
 
     def __post_init__(self):
         object.__setattr__(self, 'growth', tuple(tuple(stage) for stage in self.growth))
-        low = {'epochs': 1, 'batch_size': 1, 'rate_warmup': 0, 'kl_warmup': 0, 'save_every': 1, 'log_every': 1, 'seed': 0}
-        for name, least in low.items():
-            if getattr(self, name) < least: raise ValueError(f'{name} must be at least {least}, got {getattr(self, name)}')
-        if self.valid_images is not None and self.valid_images < 1: raise ValueError(f'valid_images must be at least 1, got {self.valid_images}')
-        for name in ('learning_rate', 'clip_norm'):
-            value = getattr(self, name)
-            if name == 'clip_norm' and value is None: continue
-            if not 0 < value < 1e9: raise ValueError(f'{name} must be above 0 and below 1e9, got {value}')
-        if self.seed >= 2**63: raise ValueError(f'seed must be below 2^63, got {self.seed}')
-        if not 0 <= self.average < 1: raise ValueError(f'average must be at least 0 and below 1, got {self.average}')
-        if not 0 <= self.final_rate <= 1: raise ValueError(f'final_rate must be between 0 and 1, got {self.final_rate}')
-        if not 0 < self.decay <= 1: raise ValueError(f'decay must be above 0 and at most 1, got {self.decay}')
-        for name, known in (('optimizer', ('adam', 'muon')), ('precision', ('no', 'bf16', 'fp16', 'auto'))):
-            if getattr(self, name) not in known: raise ValueError(f'no {name} {getattr(self, name)!r}: choose one of {", ".join(known)}')
-        if any(len(stage) != 2 or min(stage) < 1 for stage in self.growth):
-            raise ValueError(f'growth needs pairs of glimpses and epochs, each at least 1, got {self.growth}')
-        grown = sum(epochs for _, epochs in self.growth)
-        if grown >= self.epochs: raise ValueError(f'growth takes {grown} of {self.epochs} epochs: leave at least one for the full number of glimpses')
+        check_options(self)
+
+# %% ../nbs/59_options.ipynb #b0116c52
+LEAST = {'epochs': 1, 'batch_size': 1, 'rate_warmup': 0, 'kl_warmup': 0, 'save_every': 1,
+         'log_every': 1, 'seed': 0, 'valid_images': 1}
+BELOW = {'learning_rate': 1e9, 'clip_norm': 1e9} # And above 0
+WORDS = {'optimizer': ('adam', 'muon'), 'precision': ('no', 'bf16', 'fp16', 'auto')}
+
+# %% ../nbs/59_options.ipynb #ffbac5b2
+def check_options(
+    options: TrainOptions,
+) -> None:
+    "Raise `ValueError` for a value that makes no run, in one line"
+    o = options
+    given = {name: value for name, value in vars(o).items() if value is not None}
+    for name, least in LEAST.items():
+        if given.get(name, least) < least:
+            raise ValueError(f'{name} must be at least {least}, got {given[name]}')
+    for name, limit in BELOW.items():
+        if not 0 < given.get(name, limit / 2) < limit:
+            raise ValueError(f'{name} must be above 0 and below {limit:g}, got {given[name]}')
+    if not 0 < o.decay <= 1: raise ValueError(f'decay must be above 0 and at most 1, got {o.decay}')
+    if o.seed >= 2**63: raise ValueError(f'seed must be below 2^63, got {o.seed}')
+    if not 0 <= o.average < 1:
+        raise ValueError(f'average must be at least 0 and below 1, got {o.average}')
+    if not 0 <= o.final_rate <= 1:
+        raise ValueError(f'final_rate must be between 0 and 1, got {o.final_rate}')
+    for name, known in WORDS.items():
+        if given[name] not in known:
+            raise ValueError(f'no {name} {given[name]!r}: choose one of {", ".join(known)}')
+    if any(len(stage) != 2 or min(stage) < 1 for stage in o.growth):
+        raise ValueError('growth needs pairs of glimpses and epochs, each at least 1, '
+                         f'got {o.growth}')
+    grown = sum(epochs for _, epochs in o.growth)
+    if grown >= o.epochs:
+        raise ValueError(f'growth takes {grown} of {o.epochs} epochs: '
+                         'leave at least one for the full number of glimpses')
 
 # %% ../nbs/59_options.ipynb #3097747d
 def learning_rate(
@@ -85,7 +104,8 @@ def glimpses_at(
     return full
 
 # %% ../nbs/59_options.ipynb #288b00cf
-MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, decay=0.4, average=0.9995, kl_warmup=0, precision='auto')
+MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, decay=0.4, average=0.9995, kl_warmup=0,
+                    precision='auto')
 READ = TrainOptions(learning_rate=2e-3, decay=0.4, average=0.9995, kl_warmup=0, clip_norm=1.0)
 RECIPES = {
     'mnist': replace(MUON, epochs=200, growth=((16, 10), (32, 20))),
@@ -97,6 +117,8 @@ RECIPES = {
     'cluttered_8': replace(READ, epochs=400, growth=((4, 100),), learning_rate=1.5e-3),
     'cluttered_convolutional': TrainOptions(epochs=280, kl_warmup=0, clip_norm=1.0),
 }
+
+# %% ../nbs/59_options.ipynb #94caedac
 ADAM = TrainOptions(learning_rate=1.5e-3, kl_warmup=1000, precision='auto')
 GLANCE = TrainOptions(kl_warmup=0, clip_norm=1.0)
 PAPER_RECIPES = {
@@ -117,8 +139,10 @@ def recipe(
 ) -> TrainOptions:
     "How a network is trained; raises `ValueError` for an unknown name"
     kinds = {'own': RECIPES, 'paper': PAPER_RECIPES}
-    if kind not in kinds: raise ValueError(f'no recipe {kind!r}: choose one of {", ".join(kinds)}')
-    if network not in kinds[kind]: raise ValueError(f'no recipe for {network!r}: choose one of {", ".join(RECIPES)}')
+    if kind not in kinds:
+        raise ValueError(f'no recipe {kind!r}: choose one of {", ".join(kinds)}')
+    if network not in kinds[kind]:
+        raise ValueError(f'no recipe for {network!r}: choose one of {", ".join(RECIPES)}')
     return kinds[kind][network]
 
 # %% ../nbs/59_options.ipynb #0c69cfd7
@@ -126,8 +150,9 @@ def with_epochs(
     options: TrainOptions,
     epochs: int, # Passes over the training set
 ) -> TrainOptions:
-    "The same options for another number of epochs; stages shrink with the whole, and those that would be empty are left out"
+    "The same for another number of epochs; stages shrink with the whole, and empty ones go"
     share = min(1, epochs / options.epochs)
-    growth = tuple((glimpses, round(count * share)) for glimpses, count in options.growth if round(count * share))
+    growth = [(glimpses, round(count * share)) for glimpses, count in options.growth]
+    growth = tuple(stage for stage in growth if stage[1])
     while growth and sum(count for _, count in growth) >= epochs: growth = growth[:-1]
     return replace(options, epochs=epochs, growth=growth)

@@ -64,7 +64,7 @@ def end_with(
     said: IO[bytes], # Their standard error
     ended: threading.Event, # Set when there is nothing left to watch
 ) -> None:
-    "End this process where another has failed and the loop does not notice, because it waits for the other"
+    "End this process where another has failed and the loop only waits for it"
     while not ended.wait(0.5):
         if death(others, said) is None or ended.wait(10): continue # time to find out by itself
         print(f'draw: {death(others, said)}', file=sys.stderr, flush=True)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from . import __version__
-from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_state, open_run,
-                                    save_state, save_weights, take_lock)
+from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_state,
+                                    open_run, save_state, save_weights, take_lock)
 from .data import Images
 from .evaluation import evaluate
 from .files import remove_partial, write_json
@@ -57,7 +57,7 @@ def epoch_order(
 def moving_average(
     decay: float, # What the decay rises to, at least 0 and below 1
 ): # `multi_avg_fn` of `AveragedModel`
-    "An exponential moving average for `AveragedModel`, whose decay rises to `decay` over the first updates"
+    "An exponential moving average for `AveragedModel`, quick at first and slow later"
     @torch.no_grad()
     def update(averaged, current, count):
         share = 1 - min(decay, (1 + count.item()) / (10 + count.item()))
@@ -111,8 +111,8 @@ class Task:
         batch: list[Tensor], # As `batch` returns it, on the network's device
         glimpses: int, # Steps, T
         kl_weight: float, # As `weights` returns it
-    ) -> tuple[Tensor, dict[str, Tensor]]: # A scalar in nats per image; values to log, each of shape (batch,), the first of them finite as long as all is well
-        "What to minimise, and what to show"
+    ) -> tuple[Tensor, dict[str, Tensor]]: # A scalar, nats per image; what to log, each (batch,)
+        "What to minimise, and what to show, whose first is finite as long as all is well"
         images, noise = batch
         parts = bound(model(images, noise), images)
         shown = dict(bound=parts.total, reconstruction=parts.reconstruction, latent=parts.latent)
@@ -145,7 +145,7 @@ def start_accelerator(
 ) -> Accelerator: # Of this process, one of those that share every batch
     "Device, precision and processes of a run; raises `ValueError` where a batch cannot be shared"
     warnings.filterwarnings('ignore', 'Grad strides do not match bucket view') # c_0's; no harm
-    AcceleratorState._reset_state() # or a second run in one process could not have another precision
+    AcceleratorState._reset_state() # or a second run could not have another precision
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision=options.precision)
     if options.batch_size % accelerator.num_processes:
@@ -225,7 +225,8 @@ class Record:
         if self.main:
             model, limit = self.averaged.module, self.options.valid_images
             result = task.validate(model, valid_set, glimpses, limit)
-            score, times = result[task.score], {name: progress[name] for name in ('seconds', 'cpu_seconds')}
+            times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
+            score = result[task.score]
             self.log.write(done, epoch, 'valid', glimpses, **result, **times)
             first = progress['best'] is None or glimpses != progress['best_glimpses']
             if first or score < progress['best']:
@@ -248,13 +249,14 @@ def check_run(
 ) -> None:
     "Raise `ValueError` for what cannot be run"
     if 'test' in (train_set.split, valid_set.split):
-        raise ValueError('the test set is neither for training nor for choosing: give train and valid')
+        raise ValueError('the test set is neither for training nor for choosing: '
+                         'give train and valid')
     expected = config.channels, config.height, config.width
     if train_set.shape != expected:
         raise ValueError(f'images of shape {train_set.shape} do not fit a network for {expected}')
     if len(train_set) < options.batch_size:
-        raise ValueError(f'{len(train_set)} images are fewer than one batch of {options.batch_size}: '
-                         'choose a smaller batch size')
+        raise ValueError(f'{len(train_set)} images are fewer than one batch of '
+                         f'{options.batch_size}: choose a smaller batch size')
 
 # %% ../nbs/60_training.ipynb #999e1049
 def describe(
@@ -287,8 +289,8 @@ def train(
     out: str | Path, # Folder of the run; one that was interrupted goes on
     options: TrainOptions = TrainOptions(), # Everything else
     task: Task = Task(), # What to learn
-) -> DRAW: # Averaged weights of the best validation bound; another network where the task has another
-    "Minimise the bound and keep the averaged weights that do best on validation images; raises `ValueError` for what cannot be run"
+) -> DRAW: # Averaged weights of the best validation bound; the task's network
+    "Minimise the bound, keep the best averaged weights; raises `ValueError` for what cannot run"
     check_run(config, train_set, valid_set, options)
     options = replace(options, precision=choose_precision(options.precision))
     out, accelerator = Path(out), start_accelerator(options)
@@ -315,7 +317,8 @@ def train(
             share = slice(accelerator.process_index, None, accelerator.num_processes)
             random = generator_for(options.seed, 1, step)
             batch = task.batch(train_set, indices, T, config, random, share)
-            batch, weights = [part.to(accelerator.device) for part in batch], task.weights(options, step)
+            batch = [part.to(accelerator.device) for part in batch]
+            weights = task.weights(options, step)
             for optimizer in optimizers: set_rate(optimizer, learning_rate(options, step, total))
 
             loss, values = task.loss(model, batch, T, **weights)
@@ -349,8 +352,9 @@ def next_segments(
     accelerator: Accelerator, # Of this process
 ) -> list[dict]: # For run.json
     "The segments of a run, up to the one that begins now"
-    segment = {'from_step': progress['step'], 'epochs': options.epochs, 'precision': options.precision,
-               'processes': accelerator.num_processes, **machine(accelerator.device)}
+    segment = {'from_step': progress['step'], 'epochs': options.epochs,
+               'precision': options.precision, 'processes': accelerator.num_processes,
+               **machine(accelerator.device)}
     return add_segment(before['segments'] if before else [], segment)
 
 # %% ../nbs/60_training.ipynb #c1b88df0

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from draw_nbdev import benchmark, cli, classifier, evaluation, reproduce, training # forked processes find them imported
+from draw_nbdev import benchmark, cli, classifier, evaluation, reproduce, training # noqa: F401 (forked processes find them imported)
 
 TRAIN = 'train mnist --images mine --glimpses 2 --hidden-size 8 --latent-size 2 --read-size 1 --batch-size 4 --save-every 3 --epochs 3 --out run'
 SECONDS = 60 # After which a try counts as hanging

@@ -29,7 +29,7 @@ def thinned(rows: list[dict]) -> list[dict]: # At most about `POINTS` of trainin
     size = -(-len(train) // POINTS)
     groups = [train[i:i + size] for i in range(0, len(train), size)]
     means = [{**group[-1], **{key: sum(row[key] for row in group) / len(group) for key, value in group[-1].items() if isinstance(value, float)}} for group in groups]
-    short = lambda value: float(f'{value:.6g}') if isinstance(value, float) else value
+    def short(value): return float(f'{value:.6g}') if isinstance(value, float) else value
     return [{key: short(value) for key, value in row.items() if key != 'kl_per_step'} for row in sorted(means + valid, key=lambda row: row['step'])]
 
 def package(

@@ -33,7 +33,9 @@ class Normal(Task):
     def start(self, config, train_set):
         model = super().start(config, train_set)
         for layer in model.modules():
-            if isinstance(layer, nn.Linear): nn.init.normal_(layer.weight, std=0.01); nn.init.zeros_(layer.bias)
+            if not isinstance(layer, nn.Linear): continue
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
         return model
 
 class Orthogonal(Task):

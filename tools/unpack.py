@@ -6,7 +6,6 @@ The package holds the averaged weights, the curve and the options of a run. Trai
 packaged and begin at zero. RUN/unpacked.json says so, and tools/record.py copies it into the result."""
 import argparse, json
 from pathlib import Path
-import torch
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
 from draw_nbdev.files import sha256, write_json, write_text

@@ -1,4 +1,5 @@
-"""Tools: the commands that stand beside results are commands that the command line accepts, and they mean what was run"""
+"""Tools: the commands that stand beside results are commands that the command line accepts, and
+they mean what was run"""
 import json, shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,14 +25,21 @@ class Seen(Exception):
     "Stops a verb where training would begin, and carries what it would have begun with"
 
 def parsed(line, shape=None):
-    "Configuration and options that a verb has made of a command when it comes to training; `shape` is that of the images, where it does not go without saying"
+    """Configuration and options that a verb has made of a command when it comes to training;
+    `shape` is that of the images, where it does not go without saying"""
     def spy(train, config, options, *rest): raise Seen(config, options, *rest)
     data = SimpleNamespace(shape=shape, name='data')
-    with mock.patch.object(cli, 'run', spy), mock.patch.object(cli, 'find_data', lambda *_: data), mock.patch('draw_nbdev.data_sets.find', lambda *_: data):
+    with mock.patch.object(cli, 'run', spy), mock.patch.object(
+        cli, 'find_data', lambda *_: data
+    ), mock.patch('draw_nbdev.data_sets.find', lambda *_: data):
         with pytest.raises(Seen) as seen: cli.app(shlex.split(line)[1:], standalone_mode=False)
     return seen.value.args
 
-RESULTS = [file.stem for file in sorted((ROOT / 'results').glob('*.json')) if 'command' in json.loads(file.read_text())]
+RESULTS = [
+    file.stem
+    for file in sorted((ROOT / 'results').glob('*.json'))
+    if 'command' in json.loads(file.read_text())
+]
 
 @pytest.mark.parametrize('name', RESULTS)
 def test_commands_of_results(name, record):
@@ -41,7 +49,10 @@ def test_commands_of_results(name, record):
     config, options, *_ = parsed(result['command'], (c['channels'], c['height'], c['width']))
     assert asdict(config) == result['config']
     recorded, chosen = TrainOptions(**result['options']), result.get('segments')
-    same = dict(precision=options.precision, save_every=options.save_every, log_every=options.log_every) # the last two change nothing that is learned
+    # the last two change nothing that is learned
+    same = dict(
+        precision=options.precision, save_every=options.save_every, log_every=options.log_every
+    )
     assert options == replace(recorded, **same)
     assert options.precision == recorded.precision or chosen and options.precision == 'auto'
     history = {**result, 'data': {'name': result['data']}}
@@ -49,20 +60,40 @@ def test_commands_of_results(name, record):
     assert record.command(history, name) == result['command']
 
 @pytest.mark.parametrize('network', RECIPES)
-@pytest.mark.parametrize('changes', [{}, dict(epochs=7, growth=((4, 3),)), dict(clip_norm=None, average=0.5), dict(seed=3, decay=0.25, rate_warmup=0), dict(every_glimpse=True),
-                                     dict(optimizer='adam', learning_rate=1e-4, final_rate=0.5)], ids=str)
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {}, dict(epochs=7, growth=((4, 3),)), dict(clip_norm=None, average=0.5),
+        dict(seed=3, decay=0.25, rate_warmup=0), dict(every_glimpse=True),
+        dict(optimizer='adam', learning_rate=1e-4, final_rate=0.5),
+    ],
+    ids=str,
+)
 def test_commands_of_any_run(network, changes, record):
     "Whatever differs from the recipes is said, and nothing else"
     for kind in ('own', 'paper'):
-        if 'growth' in changes and network == 'cluttered_convolutional' or 'every_glimpse' in changes and network in PRESETS: continue # not for these
+        # not for these
+        if (
+            'growth' in changes
+            and network == 'cluttered_convolutional'
+            or 'every_glimpse' in changes
+            and network in PRESETS
+        ):
+            continue
         options = replace(recipe(network, kind), **changes)
-        history = {'config': asdict(NETWORKS[network]), 'options': json.loads(json.dumps(asdict(options))), 'data': {'name': 'mnist_fixed'}, 'segments': []}
+        history = {
+            'config': asdict(NETWORKS[network]), 'options': json.loads(json.dumps(asdict(options))),
+            'data': {'name': 'mnist_fixed'}, 'segments': [],
+        }
         line = record.command(history, network)
         assert parsed(line)[:2] == (NETWORKS[network], options), line
     if not changes: assert line.split()[2:] in ([network], [network, '--recipe', 'paper'])
 
-OPTIONS = dict(batch_size=50, optimizer='adam', learning_rate=0.25, final_rate=0.5, decay=0.125, rate_warmup=7, kl_warmup=9, clip_norm=3.5, every_glimpse=True, average=0.75,
-               precision='fp16', valid_images=11, save_every=13, seed=17)
+OPTIONS = dict(
+    batch_size=50, optimizer='adam', learning_rate=0.25, final_rate=0.5, decay=0.125, rate_warmup=7,
+    kl_warmup=9, clip_norm=3.5, every_glimpse=True, average=0.75, precision='fp16', valid_images=11,
+    save_every=13, seed=17,
+)
 SIZES = dict(hidden_size=21, latent_size=22, read_size=23, write_size=24, layer_norm=True)
 
 @pytest.mark.parametrize('name', [*OPTIONS, *SIZES])
@@ -70,11 +101,17 @@ def test_every_option_arrives(name):
     "No option of a training verb is parsed and then ignored, and each changes one thing"
     value, flag = {**OPTIONS, **SIZES}[name], '--' + name.replace('_', '-')
     text = flag if value is True else f'{flag} {value}'
-    verbs = [('train', 'mnist')] * (name != 'every_glimpse') + [('classify', 'cluttered_4')] * (name not in ('kl_warmup', 'latent_size', 'write_size', 'layer_norm'))
+    verbs = [('train', 'mnist')] * (name != 'every_glimpse') + [('classify', 'cluttered_4')] * (
+        name not in ('kl_warmup', 'latent_size', 'write_size', 'layer_norm')
+    )
     for verb, network in verbs:
         config, options, *_ = parsed(f'draw {verb} {network} {text}')
         usual = NETWORKS[network], recipe(network)
-        assert (config, options) == ((usual[0], replace(usual[1], **{name: value})) if name in OPTIONS else (replace(usual[0], **{name: value}), usual[1]))
+        assert (config, options) == (
+            (usual[0], replace(usual[1], **{name: value}))
+            if name in OPTIONS
+            else (replace(usual[0], **{name: value}), usual[1])
+        )
 
 def test_folder_and_processes_arrive():
     "What is not an option of training"
@@ -93,5 +130,9 @@ def test_model_cards(name, monkeypatch):
     front = ModelCard(text).data
     assert front.license == 'mit' and front.library_name == 'draw_nbdev'
     history = json.loads((PRETRAINED / name / 'training.json').read_text())
-    value = f'{history["valid_bound"]:.2f}' if 'valid_bound' in history else f'{100 * history["valid_error"]:.2f} %'
+    value = (
+        f'{history["valid_bound"]:.2f}'
+        if 'valid_bound' in history
+        else f'{100 * history["valid_error"]:.2f} %'
+    )
     assert f'| validation | {value} |' in text and history['data']['train'] in text

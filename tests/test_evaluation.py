@@ -132,6 +132,13 @@ def test_no_two_images_and_seeds_share_noise(model, data):
     ) == 28 and not any(with_gradients)
 
 
+def test_no_two_importance_samples_share_noise(model, data):
+    "Neither samples nor images, in whatever pass they are"
+    evaluate(model, data, samples=4, rows=3)
+    noise = torch.cat([noise for _, noise, _ in model.passes[3:]], 1).unbind(1)
+    assert len(noise) == 28 and len({one.numpy().tobytes() for one in noise}) == 28
+
+
 def test_limit_beyond_the_set_and_fewer_glimpses(model, data):
     assert evaluate(model, data, limit=100) == evaluate(model, data)
     result = evaluate(model, data, glimpses=2, samples=2)

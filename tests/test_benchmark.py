@@ -115,7 +115,8 @@ def test_combinations(monkeypatch):
         return [len(seen)]
     monkeypatch.setattr(module, 'compare', compared)
     rows = benchmark(('svhn',), (3, 4), (5,), (True, False), (None, 14), 2.5)
-    assert rows == list(range(1, 9)) and {(name, seconds) for name, _, _, seconds in seen} == {('svhn', 2.5)}
+    assert rows == list(range(1, 9))
+    assert {(name, seconds) for name, _, _, seconds in seen} == {('svhn', 2.5)}
     found = [(c.attention, c.height, c.width, c.glimpses, batch) for _, c, batch, _ in seen]
     assert found == [(attention, side, side, 5, batch) for attention in (True, False)
                      for side in (54, 14) for batch in (3, 4)]

@@ -58,8 +58,8 @@ def child(top, job, said):
     os.chdir(top)
     os.environ |= {'PYTHONPATH': str(top), 'PYTHONDONTWRITEBYTECODE': '1', 'MPLBACKEND': 'Agg'}
     sys.dont_write_bytecode, sys.path[:0] = True, [str(top)]
-    with open(said, 'w') as file:
-        for stream in (1, 2): os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = open(said, 'w', buffering=1, encoding='utf-8')
+    for stream in (1, 2): os.dup2(sys.stdout.fileno(), stream)
     if not job.endswith('.ipynb'):
         os._exit(pytest.main(['-x', '-q', '-p', 'no:cacheprovider', *shlex.split(f'tests/{job}')]))
     from nbdev.config import get_config

@@ -318,6 +318,31 @@ def test_without_gradients(mode, nothing_kept, fused_calls):
     assert all(map(torch.equal, learned(forward, model, x, noise), expected))
     assert len(fused_calls) == 5
 
+@pytest.mark.parametrize('config', [SMALL, WHOLE, NORMED])
+def test_gradients_that_come_in_are_left_alone(config):
+    "Nothing that a loss gives, or looks at later, is changed by the backward pass"
+    model, (x, noise) = network(config), inputs()
+    output = model(x.requires_grad_(), noise)
+    given = [torch.rand_like(value) for value in output]
+    before = [value.clone() for value in (*output, *given)]
+    for value in output: value.retain_grad()
+    torch.autograd.backward(list(output), given)
+    for a, b in zip((*output, *given), before): assert torch.equal(a, b)
+    for a, b in zip(output, given): assert torch.equal(a.grad, b)
+    ours, x.grad = x.grad, None
+    torch.autograd.backward(list(definition(model, x, noise)), given)
+    torch.testing.assert_close(ours, x.grad, rtol=1e-10, atol=1e-10)
+
+@pytest.mark.parametrize('config', [SMALL, WHOLE, NORMED])
+def test_many_steps(config):
+    "More steps than go into one product of the weights' gradients, by as many images"
+    model, random = network(config), torch.Generator().manual_seed(2)
+    x = torch.rand(300, 3, 5, 7, generator=random).double() # of which 1024 // 300 steps make one
+    noise = torch.randn(8, 300, 3, generator=random).double()
+    with threads(1):
+        ours, theirs = (learned(run, model, x, noise) for run in (forward, definition))
+    for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
 @pytest.mark.parametrize('config', [SMALL, WHOLE])
 def test_second_derivatives(config):
     "Refused, whatever is derived by whatever; the reference has them"

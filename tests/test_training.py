@@ -9,6 +9,7 @@ import subprocess, sys, time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 import pytest
 import torch
@@ -107,7 +108,7 @@ def updates_saved(out, least=0):
 
 def child(
     out, options=OPTIONS, environment={}, die_at=None, file_limit=None, slow_to_make=0,
-    slow_to_look=0, report=None,
+    slow_to_look=0, report=None, cpu=None,
 ):
     "What a forked process does: train, and die or suffer on the way as asked"
     os.environ.update(environment)
@@ -131,6 +132,7 @@ def child(
         time.sleep(slow_to_look)
         return open_run(*arguments, **more)
     training.open_run = look
+    if cpu: training.process_time = partial(next, count(0, cpu)) # so much between two calls
     try: toy_train(out, options)
     except Exception as error:
         if report is None: raise
@@ -481,6 +483,45 @@ def test_torchrun(undisturbed, tmp_path):
     assert sorted(done.stdout.split()) == ['0/2', '1/2']
     assert_close_runs(out, undisturbed)
 
+def test_cpu_time_of_all_processes(start, tmp_path):
+    "What every process has used since it began, added up; there are six saves, three of epochs"
+    environments = ranks(free_port())
+    processes = [
+        start(tmp_path / 'run', environment=environment, cpu=cpu)
+        for environment, cpu in zip(environments, (1., 10.))
+    ]
+    assert finish(*processes) == [0, 0]
+    rows = [row for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid']
+    assert [row['cpu_seconds'] for row in rows] == [22., 44., 66.]
+    state = next((tmp_path / 'run').glob('state-*'))
+    assert json.loads((state / 'progress.json').read_text())['cpu_seconds'] == 66.
+    best = json.loads((tmp_path / 'run/best/training.json').read_text())
+    assert best['cpu_seconds'] == 22. * best['epochs']
+
+class Timed(training.Task):
+    "An update takes a second by a clock that is set by hand, and ten of CPU"
+    def __init__(self, patch):
+        self.now = 100.
+        patch.setattr(training, 'perf_counter', lambda: self.now)
+        patch.setattr(training, 'process_time', lambda: 10 * self.now)
+
+    def loss(self, *arguments, **more):
+        self.now += 1
+        return super().loss(*arguments, **more)
+
+def test_time_goes_on(tmp_path, monkeypatch):
+    "A run that is interrupted counts its own time, not the time in between; images by the second"
+    task, images = Timed(monkeypatch), toy_images(kind=Failing)
+    for batches in (9, math.inf): # the second time from update 8
+        images.left = batches
+        try: train(CONFIG, images, toy_images('valid'), tmp_path / 'run', OPTIONS, task)
+        except InterruptedError: task.now += 1000
+    rows = read_metrics(tmp_path / 'run')
+    valid = [row for row in rows if row['split'] == 'valid']
+    assert [row['seconds'] for row in valid] == pytest.approx([6, 12, 18])
+    assert [row['cpu_seconds'] for row in valid] == pytest.approx([60, 120, 180], rel=1e-6)
+    assert {row['images_per_s'] for row in rows if row['split'] == 'train'} == {4.}
+
 def test_batches_must_divide_among_processes(start, tmp_path):
     "Refused in one line by every process"
     reports = [tmp_path / f'report{rank}' for rank in range(2)]
@@ -791,11 +832,11 @@ def test_muon_in_two_processes(start, tmp_path):
     for name in b: torch.testing.assert_close(a[name], b[name], rtol=0.05, atol=3e-3)
 
 def test_two_steps_by_hand(tmp_path):
-    """The loop's own part of two updates against Adam and Muon written out: rate, clipping, both
-    optimisers, the average"""
+    """The loop's own part of two updates against Adam and Muon written out: seed, rate, clipping,
+    both optimisers, the average, and what is logged of a batch"""
     options = replace(
         OPTIONS, epochs=1, rate_warmup=3, kl_warmup=2, clip_norm=0.5, average=0.9, save_every=1,
-        decay=0.5,
+        decay=0.5, seed=5,
     )
     for name in ('adam', 'muon'):
         with pytest.raises(InterruptedError):
@@ -805,9 +846,11 @@ def test_two_steps_by_hand(tmp_path):
         first, average, moments = (
             {k: v.detach().clone() for k, v in model.named_parameters()}, {}, {},
         )
-        order = torch.randperm(24, generator=training.generator_for(0, 0, 0))
-        for step in range(2):
-            random = training.generator_for(0, 1, step)
+        order = torch.randperm(24, generator=training.generator_for(5, 0, 0))
+        rows = read_metrics(tmp_path / name)
+        assert len(rows) == 2
+        for step, row in enumerate(rows):
+            random = training.generator_for(5, 1, step)
             images = toy_images().batch(order[4 * step:4 * step + 4], random)
             parts = training.bound(model(images, torch.randn(3, 4, 3, generator=random)), images)
             model.zero_grad()
@@ -815,6 +858,13 @@ def test_two_steps_by_hand(tmp_path):
             length = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
             assert length > 0.5
             lr = 0.01 * (1 / 3, 2 / 3)[step]
+            logged = dict(
+                step=step + 1, epoch=0, glimpses=3, bound=parts.total.mean().item(),
+                reconstruction=parts.reconstruction.mean().item(),
+                latent=parts.latent.mean().item(), kl_weight=(0.5, 1)[step],
+                gradient_norm=length.item(), learning_rate=lr,
+            )
+            assert {key: row[key] for key in logged} == pytest.approx(logged, rel=1e-3)
             for key, p in model.named_parameters():
                 g, stacked = p.grad * (0.5 / length), {
                     'encoder.gates.weight': 4, 'decoder.gates.weight': 4, 'posterior.weight': 2,

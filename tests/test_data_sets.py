@@ -50,7 +50,7 @@ def test_names(name, monkeypatch):
         find(name, 'valid', size=28)
 
 def test_own_pictures(tmp_path, places):
-    "By their path or, as a zip in the data folder or in the cache, by its name; resized if asked for"
+    "By their path or, as a zip in the data folder or the cache, by its name; resized if asked for"
     folder = pictures(tmp_path / 'mine')
     for name in (str(folder), packed(folder, places[0] / 'here.zip').stem,
                  packed(folder, places[1] / 'there.zip').stem):

@@ -1,13 +1,16 @@
 "Data: files, processes and the network"
-import http.server, multiprocessing, os, socket, subprocess, sys, threading, time
+import hashlib, http.server, multiprocessing, os, socket, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from draw_nbdev import data
-from draw_nbdev.data import FIXED_FILE, MNIST_MD5, SPLITS, data_root, load, mnist, mnist_digits
+from draw_nbdev.data import (
+    FIXED_FILE, MNIST_MD5, SPLITS, Images, RedrawnImages, data_root, load, mnist, mnist_digits,
+)
 
 REAL = Path(os.environ.get('DRAW_DATA', '')) / FIXED_FILE
 needs_real = pytest.mark.skipif(
@@ -82,6 +85,73 @@ def test_home_of_nobody(monkeypatch):
         assert one_line(error)
 
 
+# Numbers, against NumPy
+
+@pytest.fixture
+def numbered(monkeypatch):
+    "In place of MNIST, grey digits of 6 x 7 that begin with their number and their part"
+    def digits(train=True, root=None):
+        count = 60_000 if train else 10_000
+        random = torch.Generator().manual_seed(count)
+        pixels = torch.randint(0, 256, (count, 6, 7), generator=random, dtype=torch.uint8)
+        number = torch.arange(count)
+        pixels[:, 0, 0], pixels[:, 0, 1], pixels[:, 0, 2] = number // 250, number % 250, int(train)
+        return SimpleNamespace(data=pixels)
+    monkeypatch.setattr(data, 'mnist', digits)
+    return digits
+
+
+@pytest.mark.parametrize('split, part, train', [
+    ('train', slice(50_000), True), ('valid', slice(50_000, None), True),
+    ('test', slice(None), False)])
+def test_splits(split, part, train, numbered):
+    "Which digits each split has; bits drawn once by thresholds, each split by its own"
+    grey = numbered(train).data[part].numpy()[:, None]
+    images = load('mnist_grey', split)
+    assert np.array_equal(images.pixels, grey) and images.split == split
+    np.testing.assert_allclose(images.batch([3, -1]), grey[[3, -1]] / 255, rtol=1e-6)
+    once = load('mnist_once', split)
+    thresholds = np.random.RandomState(SPLITS.index(split)).randint(0, 255, grey.shape, np.uint8)
+    assert np.array_equal(once.pixels, thresholds < grey)
+    assert once.batch(range(50)).unique().tolist() == [0., 1.]
+    redrawn = load('mnist_redrawn', split)
+    assert (type(redrawn) is RedrawnImages) == (split == 'train')
+    if split != 'train': assert np.array_equal(redrawn.pixels, once.pixels)
+    for made, name in ((images, 'mnist_grey'), (once, 'mnist_once'), (redrawn, 'mnist_redrawn')):
+        assert (made.name, made.note) == (name, data.MNIST_NOTES[name])
+
+
+def test_redrawn_bits(numbered):
+    "One draw for each state of the generator; a pixel is on as often as it is bright"
+    images, random = load('mnist_redrawn', 'train'), torch.Generator().manual_seed(0)
+    first, second = images.batch([5] * 2000, random), images.batch([5] * 2000, random)
+    again = images.batch([5] * 2000, random.manual_seed(0))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert first.unique().tolist() == [0., 1.]
+    bright = numbered().data[5].numpy() / 255
+    np.testing.assert_allclose(first.mean(0)[0], bright, atol=0.06) # five deviations
+
+
+@pytest.mark.parametrize('levels', [1, 7, 255])
+@pytest.mark.parametrize('count', [3, 1000, 2500])
+def test_mean_image(levels, count):
+    "Of all images, whatever the chunks, on the scale from 0 to 1"
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, levels + 1, (count, 2, 3, 4), generator=random, dtype=torch.uint8)
+    pixels[-1] = levels # the last chunk is brighter
+    images = Images(pixels, 'name', 'valid', 'note', levels)
+    np.testing.assert_allclose(images.mean(), pixels.numpy().mean(0) / levels, rtol=1e-6)
+    assert images[-1].eq(1).all() and repr(images).startswith(f'name, valid: {count:,} images')
+    assert images.checksum == hashlib.md5(pixels.numpy().tobytes()).hexdigest()
+
+
+def test_probabilities_are_rounded():
+    "To the nearest of 256 levels"
+    values = torch.tensor([0., 0.4, 0.6, 127.49, 127.51, 254.6, 255.]).view(1, 1, 1, 7) / 255
+    held = Images(values, 'floats', 'train').pixels.flatten().tolist()
+    assert held == [0, 0, 1, 127, 128, 255, 255]
+
+
 # MNIST out of the package
 
 def test_unpacks_into_the_layout_of_torchvision(places):
@@ -152,7 +222,8 @@ def test_damaged_package(places, monkeypatch):
 def _load_checksum(answers): answers.put(load('mnist_grey', 'test').checksum)
 
 def test_two_processes_unpack_at_once(places):
-    context = multiprocessing.get_context('spawn')
+    # a fork has everything imported already
+    context = multiprocessing.get_context('fork' if hasattr(os, 'fork') else 'spawn')
     answers = context.Queue()
     workers = [context.Process(target=_load_checksum, args=(answers,)) for _ in range(2)]
     for worker in workers: worker.start()

@@ -30,16 +30,14 @@ def change(
     pattern = re.compile(r'\s*'.join(map(re.escape, re.findall(r'\w+|\S', old))))
     found = len(pattern.findall(source))
     if found != 1:
-        raise LookupError(
-            f'{old!r} stands there {found} times: bring tools/mutations.py up to date'
-        )
+        raise LookupError(f'{old!r} stands there {found} times: mend tools/mutations.py')
     return pattern.sub(lambda _: new, source)
 
 def mutate(
     top: Path, # Of the repository, or of a copy
     module: str, # Name in `MUTATIONS`
-    old: str,
-    new: str,
+    old: str, # What stands in it
+    new: str, # The mistake
 ) -> dict[Path, str]: # File -> its text with the mistake: the module and its notebook
     "Both texts of a mistake"
     file, notebook = top / f'draw_nbdev/{module}.py', top / 'nbs' / notebook_of(module)
@@ -124,10 +122,11 @@ if __name__ == '__main__':
     add('--check', action='store_true', help='only see that every text is there once')
     o = parser.parse_args()
     chosen = [(m, *row) for m in o.modules for row in MUTATIONS[m] if o.like in row[0]]
+    problems = []
     for module, name, old, new in chosen:
         try: mutate(ROOT, module, old, new)
-        except LookupError as error: sys.exit(f'{module}, {name}: {error}')
-    if o.check: sys.exit()
+        except LookupError as error: problems.append(f'{module}, {name}: {error}')
+    if problems or o.check: sys.exit('\n'.join(problems) or None)
     for name in IMPORTED: importlib.import_module(name)
     survived, sound, left_out = 0, set(), shutil.ignore_patterns(*LEFT_OUT)
     with tempfile.TemporaryDirectory() as folder:

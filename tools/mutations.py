@@ -154,6 +154,8 @@ MUTATIONS = {
          'generator=generator, device=device).to(images)[:, :1].expand(-1, len(chosen), -1)'),
     ],
     'evaluation': [
+        ('mean of means', 'bound=total.mean().item()',
+         'bound=torch.stack([p.mean() for p in total.split(rows, 1)]).mean().item()'),
         ('one noise for all steps', EVALUATION_NOISE, f'{EVALUATION_NOISE}[:1].expand(T, -1, -1)'),
         ('one noise for the batch', EVALUATION_NOISE,
          f'{EVALUATION_NOISE}[:, :1].expand(-1, len(images), -1)'),
@@ -365,6 +367,11 @@ MUTATIONS = {
         ('matrix of zeros', '.clamp(min=1e-30)', ''),
     ],
     'training': [
+        ('rate never set', "group['lr'] = learning_rate(o, step, total)", 'pass'),
+        ('validation at the full number of steps', 'valid_set, T, o.valid_images)',
+         'valid_set, config.glimpses, o.valid_images)'),
+        ('never clipped', 'inf if o.clip_norm is None else o.clip_norm', 'inf'),
+        ('best of all stages', "T != progress['best_glimpses'] or", ''),
         ('one noise for all steps', NOISE, f'{NOISE}[:1].expand(glimpses, -1, -1)'),
         ('one noise for the batch', NOISE, f'{NOISE}[:, :1].expand(-1, len(indices), -1)'),
         ('one noise for all updates', 'generator_for(o.seed, 1, step)',
@@ -469,6 +476,12 @@ MUTATIONS = {
          'window.variance.item():.1f}'),
     ],
     'cli': [
+        ('decay ignored', 'decay=decay, rate_warmup=rate_warmup, kl_warmup',
+         'rate_warmup=rate_warmup,\n        kl_warmup'),
+        ('processes ignored', 'process_count(options.batch_size, processes), out or Path('
+         "'runs') / preset check_folder(out, 'run.json') default",
+         "process_count(options.batch_size, None), out or Path('runs') / preset\n"
+         "    check_folder(out, 'run.json')\n    default"),
         ('seeds ignored', 'evaluate(network, found, glimpses, seeds, samples, limit)',
          'evaluate(network, found, glimpses, 1, samples, limit)'),
         ('samples ignored', 'evaluate(network, found, glimpses, seeds, samples, limit)',

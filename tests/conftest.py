@@ -2,4 +2,5 @@
 import os
 
 os.environ.setdefault('MPLBACKEND', 'Agg') # Figures are drawn into memory, wherever the tests run
-os.environ.setdefault('OMP_NUM_THREADS', '1') # Small tensors: more threads only wait for each other, the more so beside other processes
+# Small tensors: more threads only wait for each other, the more so beside other processes
+os.environ.setdefault('OMP_NUM_THREADS', '1')

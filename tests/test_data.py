@@ -1,16 +1,22 @@
 "Data: files, processes and the network"
-import http.server, multiprocessing, os, socket, subprocess, sys, threading, time
+import hashlib, http.server, multiprocessing, os, socket, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from draw_nbdev import data
-from draw_nbdev.data import FIXED_FILE, MNIST_MD5, SPLITS, data_root, load, mnist, mnist_digits
+from draw_nbdev.data import (
+    FIXED_FILE, MNIST_MD5, SPLITS, Images, RedrawnImages, data_root, load, mnist, mnist_digits,
+)
 
 REAL = Path(os.environ.get('DRAW_DATA', '')) / FIXED_FILE
-needs_real = pytest.mark.skipif(not os.environ.get('DRAW_DATA') or not REAL.is_file(), reason=f'needs DRAW_DATA to name a folder with {FIXED_FILE}')
+needs_real = pytest.mark.skipif(
+    not os.environ.get('DRAW_DATA') or not REAL.is_file(),
+    reason=f'needs DRAW_DATA to name a folder with {FIXED_FILE}',
+)
 
 
 @pytest.fixture
@@ -26,7 +32,8 @@ def places(tmp_path, monkeypatch):
 
 def one_line(error): return '\n' not in str(error.value) and str(error.value)
 
-def leftovers(folder): return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+def leftovers(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
 
 
 # The data folder
@@ -55,7 +62,9 @@ def test_user_without_a_home_folder(homeless, tmp_path, monkeypatch):
     for get in (data_root, mnist, lambda: load('mnist_grey', 'test')):
         with pytest.raises(ValueError, match='set DRAW_DATA to a folder') as error: get()
         assert one_line(error)
-    assert data._places(tmp_path) == [tmp_path] and len(load('mnist_grey', 'test', tmp_path)) == 10_000
+    assert (
+        data._places(tmp_path) == [tmp_path] and len(load('mnist_grey', 'test', tmp_path)) == 10_000
+    )
     monkeypatch.setenv('DRAW_DATA', str(tmp_path/'root'))
     monkeypatch.setattr(data, 'FIXED_URL', 'http://127.0.0.1:9/')
     data._has_fixed.cache_clear()
@@ -69,8 +78,78 @@ def test_user_without_a_home_folder(homeless, tmp_path, monkeypatch):
 def test_home_of_nobody(monkeypatch):
     monkeypatch.setenv('DRAW_DATA', '~no_such_user_here/x')
     for get in (data_root, mnist, lambda: load('mnist_fixed', 'test')):
-        with pytest.raises(ValueError, match='DRAW_DATA=~no_such_user_here/x; set DRAW_DATA to a folder') as error: get()
+        with pytest.raises(
+            ValueError, match='DRAW_DATA=~no_such_user_here/x; set DRAW_DATA to a folder'
+        ) as error:
+            get()
         assert one_line(error)
+
+
+# Numbers, against NumPy
+
+@pytest.fixture
+def numbered(monkeypatch):
+    "In place of MNIST, grey digits of 6 x 7 that begin with their number and their part"
+    def digits(train=True, root=None):
+        count = 60_000 if train else 10_000
+        random = torch.Generator().manual_seed(count)
+        pixels = torch.randint(0, 256, (count, 6, 7), generator=random, dtype=torch.uint8)
+        number = torch.arange(count)
+        pixels[:, 0, 0], pixels[:, 0, 1], pixels[:, 0, 2] = number // 250, number % 250, int(train)
+        return SimpleNamespace(data=pixels)
+    monkeypatch.setattr(data, 'mnist', digits)
+    return digits
+
+
+@pytest.mark.parametrize('split, part, train', [
+    ('train', slice(50_000), True), ('valid', slice(50_000, None), True),
+    ('test', slice(None), False)])
+def test_splits(split, part, train, numbered):
+    "Which digits each split has; bits drawn once by thresholds, each split by its own"
+    grey = numbered(train).data[part].numpy()[:, None]
+    images = load('mnist_grey', split)
+    assert np.array_equal(images.pixels, grey) and images.split == split
+    np.testing.assert_allclose(images.batch([3, -1]), grey[[3, -1]] / 255, rtol=1e-6)
+    once = load('mnist_once', split)
+    thresholds = np.random.RandomState(SPLITS.index(split)).randint(0, 255, grey.shape, np.uint8)
+    assert np.array_equal(once.pixels, thresholds < grey)
+    assert once.batch(range(50)).unique().tolist() == [0., 1.]
+    redrawn = load('mnist_redrawn', split)
+    assert (type(redrawn) is RedrawnImages) == (split == 'train')
+    if split != 'train': assert np.array_equal(redrawn.pixels, once.pixels)
+    for made, name in ((images, 'mnist_grey'), (once, 'mnist_once'), (redrawn, 'mnist_redrawn')):
+        assert (made.name, made.note) == (name, data.MNIST_NOTES[name])
+
+
+def test_redrawn_bits(numbered):
+    "One draw for each state of the generator; a pixel is on as often as it is bright"
+    images, random = load('mnist_redrawn', 'train'), torch.Generator().manual_seed(0)
+    first, second = images.batch([5] * 2000, random), images.batch([5] * 2000, random)
+    again = images.batch([5] * 2000, random.manual_seed(0))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert first.unique().tolist() == [0., 1.]
+    bright = numbered().data[5].numpy() / 255
+    np.testing.assert_allclose(first.mean(0)[0], bright, atol=0.06) # five deviations
+
+
+@pytest.mark.parametrize('levels', [1, 7, 255])
+@pytest.mark.parametrize('count', [3, 1000, 2500])
+def test_mean_image(levels, count):
+    "Of all images, whatever the chunks, on the scale from 0 to 1"
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, levels + 1, (count, 2, 3, 4), generator=random, dtype=torch.uint8)
+    pixels[-1] = levels # the last chunk is brighter
+    images = Images(pixels, 'name', 'valid', 'note', levels)
+    np.testing.assert_allclose(images.mean(), pixels.numpy().mean(0) / levels, rtol=1e-6)
+    assert images[-1].eq(1).all() and repr(images).startswith(f'name, valid: {count:,} images')
+    assert images.checksum == hashlib.md5(pixels.numpy().tobytes()).hexdigest()
+
+
+def test_probabilities_are_rounded():
+    "To the nearest of 256 levels"
+    values = torch.tensor([0., 0.4, 0.6, 127.49, 127.51, 254.6, 255.]).view(1, 1, 1, 7) / 255
+    held = Images(values, 'floats', 'train').pixels.flatten().tolist()
+    assert held == [0, 0, 1, 127, 128, 255, 255]
 
 
 # MNIST out of the package
@@ -79,15 +158,20 @@ def test_unpacks_into_the_layout_of_torchvision(places):
     root, cache = places
     digits = mnist(train=False)
     assert digits.data.shape == (10_000, 28, 28) and digits.targets[:5].tolist() == [7, 2, 1, 0, 4]
-    assert leftovers(root) == sorted(f'MNIST/raw/{name}' for name in MNIST_MD5) and not cache.exists()
+    assert (
+        leftovers(root) == sorted(f'MNIST/raw/{name}' for name in MNIST_MD5) and not cache.exists()
+    )
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob('*-ubyte')}
     mnist()
-    assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob('*-ubyte')}   # not written again
+    # not written again
+    assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob('*-ubyte')}
 
 
 def test_root_that_cannot_be_written(places):
     root, cache = places
-    root.write_text('a file where a folder should be cannot be written below, not even by the superuser')
+    root.write_text(
+        'a file where a folder should be cannot be written below, not even by the superuser'
+    )
     assert len(load('mnist_grey', 'valid')) == 10_000
     assert leftovers(cache) == sorted(f'MNIST/raw/{name}' for name in MNIST_MD5)
 
@@ -138,7 +222,8 @@ def test_damaged_package(places, monkeypatch):
 def _load_checksum(answers): answers.put(load('mnist_grey', 'test').checksum)
 
 def test_two_processes_unpack_at_once(places):
-    context = multiprocessing.get_context('spawn')
+    # a fork has everything imported already
+    context = multiprocessing.get_context('fork' if hasattr(os, 'fork') else 'spawn')
     answers = context.Queue()
     workers = [context.Process(target=_load_checksum, args=(answers,)) for _ in range(2)]
     for worker in workers: worker.start()
@@ -149,7 +234,9 @@ def test_two_processes_unpack_at_once(places):
 
 
 def test_interrupted_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, 'replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    monkeypatch.setattr(
+        os, 'replace', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device'))
+    )
     with pytest.raises(OSError): data._write(tmp_path/'a', b'x')
     assert not leftovers(tmp_path)
 
@@ -166,8 +253,14 @@ def test_import_is_light():
 def server(places, monkeypatch):
     "Serves small .amat files; `pages` may be changed, `asked` lists the requests"
     rng = np.random.default_rng(0)
-    bits = {split: rng.integers(0, 2, (n, 784), dtype=np.uint8) for split, n in zip(SPLITS, (5, 3, 2))}
-    pages = {f'/binarized_mnist_{split}.amat': '\n'.join(' '.join(map(str, row)) for row in b).encode() + b'\n' for split, b in bits.items()}
+    bits = {
+        split: rng.integers(0, 2, (n, 784), dtype=np.uint8) for split, n in zip(SPLITS, (5, 3, 2))
+    }
+    pages = {
+        f'/binarized_mnist_{split}.amat': '\n'.join(' '.join(map(str, row)) for row in b).encode()
+        + b'\n'
+        for split, b in bits.items()
+    }
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -197,7 +290,11 @@ def test_download(server, places):
     root, _ = places
     for split in SPLITS:
         images = load('mnist_fixed', split)
-        assert (images.pixels.view(-1, 784).numpy() == bits[split]).all() and images.levels == 1 and images.shape == (1, 28, 28)
+        assert (
+            (images.pixels.view(-1, 784).numpy() == bits[split]).all()
+            and images.levels == 1
+            and images.shape == (1, 28, 28)
+        )
         assert images.checksum == data.FIXED_MD5[split]
     assert len(asked) == 3 and leftovers(root) == [FIXED_FILE]
     assert mnist_digits('train').name == 'mnist_fixed'
@@ -231,7 +328,9 @@ def test_files_put_there_by_hand(server, places):
     bits, pages, asked = server
     places[0].mkdir()
     for name, page in pages.items(): (places[0]/name[1:]).write_bytes(page)
-    assert (load('mnist_fixed', 'train').pixels.view(-1, 784).numpy() == bits['train']).all() and not asked
+    assert (
+        load('mnist_fixed', 'train').pixels.view(-1, 784).numpy() == bits['train']
+    ).all() and not asked
 
 
 def test_wrong_file_put_there_by_hand(server, places):
@@ -255,7 +354,8 @@ def test_damaged_packed_file(server, places, content):
     if content == 'other bits': np.savez(path, test=np.zeros((2, 98), np.uint8))
     if content == 'pickle': np.savez(path, test=np.array([Trap(places[0]/'trapped')], dtype=object))
     if content == 'no such split': np.savez(path, train=np.zeros((2, 98), np.uint8))
-    for get in (lambda: load('mnist_fixed', 'test'), lambda: mnist_digits('test')):   # a damaged file is no reason for a surrogate
+    # a damaged file is no reason for a surrogate
+    for get in (lambda: load('mnist_fixed', 'test'), lambda: mnist_digits('test')):
         with pytest.raises(ValueError, match='remove it') as error: get()
         assert one_line(error) and str(path) in str(error.value)
     assert not (places[0]/'trapped').exists()
@@ -265,7 +365,9 @@ def test_offline_asks_once(server, places):
     bits, pages, asked = server
     pages.clear()
     sets = [mnist_digits(split) for split in SPLITS]
-    assert {images.name for images in sets} == {'mnist_once'} and all('surrogate' in images.note for images in sets)
+    assert {images.name for images in sets} == {'mnist_once'} and all(
+        'surrogate' in images.note for images in sets
+    )
     assert len(asked) == 1
 
 
@@ -299,7 +401,11 @@ def test_download_that_stalls(server, places, monkeypatch):
 @pytest.mark.parametrize('split, count', [('train', 50_000), ('valid', 10_000), ('test', 10_000)])
 def test_real_fixed(split, count):
     images = load('mnist_fixed', split)
-    assert len(images) == count and images.shape == (1, 28, 28) and images.checksum == data.FIXED_MD5[split]
+    assert (
+        len(images) == count
+        and images.shape == (1, 28, 28)
+        and images.checksum == data.FIXED_MD5[split]
+    )
     assert images.batch(range(500)).unique().tolist() == [0.0, 1.0]
     assert mnist_digits(split).name == 'mnist_fixed'
 
@@ -307,16 +413,20 @@ def test_real_fixed(split, count):
 @needs_real
 @pytest.mark.parametrize('split, train', [('train', True), ('valid', True), ('test', False)])
 def test_real_fixed_is_a_draw_of_mnist(split, train):
-    "Every image of a sample is a possible draw of some digit of MNIST: nothing on where that is black, nothing off where it is white"
+    """Every image of a sample is a possible draw of some digit of MNIST: nothing on where that
+    is black, nothing off where it is white"""
     bits = load('mnist_fixed', split).pixels[::200].flatten(1).float()
-    def has_source(grey): return ((bits @ (grey == 0).float().T + (1 - bits) @ (grey == 255).float().T) == 0).any(1)
+    def has_source(grey):
+        return ((bits @ (grey == 0).float().T + (1 - bits) @ (grey == 255).float().T) == 0).any(1)
     assert has_source(mnist(train).data.flatten(1)).all()
-    assert not has_source(mnist(not train).data.flatten(1)).all()   # the other part of MNIST does not do: the test can fail
+    # the other part of MNIST does not do: the test can fail
+    assert not has_source(mnist(not train).data.flatten(1)).all()
 
 
 @needs_real
 def test_real_fixed_has_an_order_of_its_own():
-    "Images do not correspond by index, and the validation sets are different digits; the test set is sorted by class"
+    """Images do not correspond by index, and the validation sets are different digits; the test
+    set is sorted by class"""
     for split in SPLITS:
         bits, grey = load('mnist_fixed', split).pixels, load('mnist_grey', split).pixels
         possible = ~(((grey == 0) & (bits == 1)) | ((grey == 255) & (bits == 0))).flatten(1).any(1)

@@ -1,4 +1,5 @@
-"What holds for the project as a whole: its metadata, its notebooks as files, and what its package ships"
+"""What holds for the project as a whole: its metadata, its notebooks as files, and what its
+package ships"""
 import ast, importlib.metadata as metadata, json, re, shlex, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -13,7 +14,8 @@ SETTINGS = ini['DEFAULT']
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 
 def cells(file): return json.loads(file.read_text(encoding='utf-8'))['cells']
-def run(*command, **options): return subprocess.run(command, capture_output=True, text=True, check=True, **options)
+def run(*command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options)
 each_notebook = pytest.mark.parametrize('file', NOTEBOOKS, ids=lambda o: o.stem)
 
 # ---- metadata
@@ -26,21 +28,35 @@ def test_metadata_comes_from_settings():
     found = metadata.metadata(NAME)
     assert found['Requires-Python'] == f">={SETTINGS['min_python']}"
     assert found['Summary'] == SETTINGS['description']
-    commands = [f'{o.name}={o.value}' for o in metadata.distribution(NAME).entry_points if o.group == 'console_scripts']
+    commands = [
+        f'{o.name}={o.value}'
+        for o in metadata.distribution(NAME).entry_points
+        if o.group == 'console_scripts'
+    ]
     assert commands == shlex.split(SETTINGS['console_scripts'])
 
 def test_requirements_are_uncapped_and_constrained():
-    "Users get no upper limits; whoever wants the tried environment gets an exact version of everything"
+    """Users get no upper limits; whoever wants the tried environment gets an exact version of
+    everything"""
     normal = lambda name: re.sub(r'[-_.]+', '-', name).lower()
-    constrained = {normal(o.partition('==')[0]) for o in (ROOT/'constraints.txt').read_text().splitlines() if '==' in o}
+    constrained = {
+        normal(o.partition('==')[0])
+        for o in (ROOT / 'constraints.txt').read_text().splitlines()
+        if '==' in o
+    }
     required = shlex.split(SETTINGS['requirements'])
     assert not [o for o in required if re.search('<|==|~', o)]
     for key in ('requirements', 'dev_requirements', 'docs_requirements'):
-        missing = [o for o in shlex.split(SETTINGS[key]) if normal(re.match(r'[\w.-]+', o)[0]) not in constrained]
+        missing = [
+            o
+            for o in shlex.split(SETTINGS[key])
+            if normal(re.match(r'[\w.-]+', o)[0]) not in constrained
+        ]
         assert not missing, f'{key} without a line in constraints.txt: {missing}'
 
 def test_import_is_light():
-    "`import draw_nbdev` alone does not pull in torch, so that the command line can answer --help at once"
+    """`import draw_nbdev` alone does not pull in torch, so that the command line can answer
+    --help at once"""
     run(sys.executable, '-c', "import sys, draw_nbdev; assert 'torch' not in sys.modules", cwd=ROOT)
 
 # ---- notebooks as files
@@ -51,7 +67,10 @@ def test_notebooks_and_package_agree(tmp_path):
     shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('.*'))
     (tmp_path/NAME).mkdir()
     shutil.copy(ROOT/NAME/'__init__.py', tmp_path/NAME) # of which nbdev writes the version alone
-    run(sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=tmp_path)
+    run(
+        sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()',
+        cwd=tmp_path,
+    )
     exported = {o.name: o.read_text(encoding='utf-8') for o in (tmp_path/NAME).glob('*.py')}
     committed = {o.name: o.read_text(encoding='utf-8') for o in (ROOT/NAME).glob('*.py')}
     assert sorted(exported) == sorted(committed)
@@ -59,7 +78,9 @@ def test_notebooks_and_package_agree(tmp_path):
     assert not different, f'run nbdev_export: {different}'
 
 def test_sidebar_lists_every_notebook():
-    listed = re.findall(r'^ *- (\S+\.ipynb)$', (ROOT/'nbs/sidebar.yml').read_text(encoding='utf-8'), re.MULTILINE)
+    listed = re.findall(
+        r'^ *- (\S+\.ipynb)$', (ROOT / 'nbs/sidebar.yml').read_text(encoding='utf-8'), re.MULTILINE
+    )
     assert sorted(listed) == [o.name for o in NOTEBOOKS]
 
 @each_notebook
@@ -67,7 +88,9 @@ def test_first_cell_is_title_and_subtitle(file):
     "nbdev makes the page's heading of the first cell and drops whatever else the cell says"
     first = cells(file)[0]
     if first['cell_type'] == 'raw': return # The same as a YAML block
-    lines = [o for o in ''.join(first['source']).splitlines() if o.strip() and not o.startswith('- ')]
+    lines = [
+        o for o in ''.join(first['source']).splitlines() if o.strip() and not o.startswith('- ')
+    ]
     assert lines[0].startswith('# ') and lines[1].startswith('> ') and len(lines) == 2, lines
 
 @each_notebook
@@ -81,7 +104,9 @@ def test_is_saved_clean(file):
         assert cell['execution_count'] is None, f'cell {number}: run nbdev_clean'
         for output in cell['outputs']:
             assert output['output_type'] != 'error', f'cell {number} is saved with an error'
-            assert output.get('name') != 'stderr', f"cell {number} is saved with a warning or a progress bar: {''.join(output['text'])}"
+            assert (
+                output.get('name') != 'stderr'
+            ), f"cell {number} is saved with a warning or a progress bar: {''.join(output['text'])}"
 
 def test_imports_stand_alone(): run(sys.executable, 'tools/check_imports.py', cwd=ROOT)
 
@@ -89,7 +114,9 @@ def test_imports_stand_alone(): run(sys.executable, 'tools/check_imports.py', cw
 def test_links_between_notebooks(file):
     "Links name the notebook: that works in Jupyter, on GitHub and, rewritten, on the site"
     text = '\n'.join(''.join(o['source']) for o in cells(file) if o['cell_type'] == 'markdown')
-    assert not re.findall(r'\[`[^`]*`\]\(', text), 'nbdev makes a link of the name in backticks: leave out the outer one'
+    assert not re.findall(
+        r'\[`[^`]*`\]\(', text
+    ), 'nbdev makes a link of the name in backticks: leave out the outer one'
     local = [o.partition('#')[0] for o in re.findall(r'\]\(([^)\s:]+)\)', text)]
     missing = [o for o in local if o and not (file.parent/o).is_file()]
     assert not missing, missing
@@ -97,15 +124,29 @@ def test_links_between_notebooks(file):
 # ---- modules
 
 def test_modules_import_only_upwards():
-    "In this order; data and plots use none of the model"
+    "In this order, and data and plots use none of the model"
     data = 'files', 'data', 'images', 'digits', 'colour', 'data_sets'
-    order = *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan', 'model', 'loss', 'benchmark', 'evaluation', 'muon', 'options', 'training', 'classifier', 'reproduce', 'cli'
-    allowed = {name: set(order[:i]) for i,name in enumerate(order)} | {'plots': {'files'}, 'filterbank': set()}
+    order = (
+        *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan', 'model', 'loss', 'benchmark',
+        'evaluation', 'muon', 'options', 'checkpoints', 'training', 'classifier', 'reproduce',
+        'processes', 'cli',
+    )
+    allowed = {name: set(order[:i]) for i, name in enumerate(order)} | {
+        'plots': {'files'}, 'filterbank': set(),
+    }
     for name,above in allowed.items():
         file = ROOT/NAME/f'{name}.py'
         if not file.is_file(): continue
-        nodes = [o for o in ast.walk(ast.parse(file.read_text(encoding='utf-8'))) if isinstance(o, ast.ImportFrom)]
-        named = [(o.module or '').removeprefix(NAME).lstrip('.') for o in nodes if o.level or o.module.partition('.')[0] == NAME]
+        nodes = [
+            o
+            for o in ast.walk(ast.parse(file.read_text(encoding='utf-8')))
+            if isinstance(o, ast.ImportFrom)
+        ]
+        named = [
+            (o.module or '').removeprefix(NAME).lstrip('.')
+            for o in nodes
+            if o.level or o.module.partition('.')[0] == NAME
+        ]
         own = {o for o in named if o}
         assert own <= above, f'{name} imports {own - above}'
 
@@ -114,16 +155,28 @@ def test_modules_import_only_upwards():
 def test_package_ships_data_and_weights(tmp_path):
     "Every file under assets/ and pretrained/ is built into the package"
     pytest.importorskip('setuptools')
-    run(sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), 'build', '--build-base', str(tmp_path/'build'), cwd=ROOT)
+    run(
+        sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), 'build',
+        '--build-base', str(tmp_path / 'build'), cwd=ROOT,
+    )
     built = next(tmp_path.glob('build/lib*'))/NAME
-    wanted = [o.relative_to(ROOT/NAME) for part in ('assets', 'pretrained') for o in (ROOT/NAME/part).rglob('*') if o.is_file()]
+    wanted = [
+        o.relative_to(ROOT / NAME)
+        for part in ('assets', 'pretrained')
+        for o in (ROOT / NAME / part).rglob('*')
+        if o.is_file()
+    ]
     missing = [o for o in [*wanted, Path('py.typed')] if not (built/o).is_file()]
     assert wanted and not missing, f'not shipped: {missing}'
 
 def test_names_of_the_package():
-    "What most programs use comes from the package itself, when it is asked for; importing the package imports nothing else"
-    code = ("import sys, draw_nbdev; assert 'torch' not in sys.modules and 'DRAW' in dir(draw_nbdev)\n"
-            "from draw_nbdev import *; import draw_nbdev.model as m, draw_nbdev.training as t\n"
-            "assert DRAW is m.DRAW and train is t.train and set(draw_nbdev.__all__) <= set(globals())\n"
-            "try: draw_nbdev.DARW\nexcept AttributeError as error: assert 'DARW' in str(error)\nelse: raise SystemExit('no AttributeError')")
+    """What most programs use comes from the package itself, when it is asked for; importing the
+    package imports nothing else"""
+    code = (
+        "import sys, draw_nbdev; assert 'torch' not in sys.modules and 'DRAW' in dir(draw_nbdev)\n"
+        "from draw_nbdev import *; import draw_nbdev.model as m, draw_nbdev.training as t\n"
+        "assert DRAW is m.DRAW and train is t.train and set(draw_nbdev.__all__) <= set(globals())\n"
+        "try: draw_nbdev.DARW\nexcept AttributeError as error: assert 'DARW' in str(error)\n"
+        "else: raise SystemExit('no AttributeError')"
+    )
     run(sys.executable, '-c', code, cwd=ROOT)

@@ -1,4 +1,5 @@
-"""`draw train` that is the first of several processes: progress, errors, Ctrl-C, kill and resuming behave as with one"""
+"""`draw train` that is the first of several processes: progress, errors, Ctrl-C, kill and
+resuming behave as with one"""
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
@@ -8,8 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from draw_nbdev.checkpoints import read_metrics
 
-pytestmark = pytest.mark.skipif(shutil.which('ps') is None, reason='no ps here, which finds processes that were left behind')
-START = 'from draw_nbdev.cli import main; main()' # what the command `draw` does, and how its other processes can be told
+pytestmark = pytest.mark.skipif(
+    shutil.which('ps') is None, reason='no ps here, which finds processes that were left behind'
+)
+# what the command `draw` does, and how its other processes can be told
+START = 'from draw_nbdev.cli import main; main()'
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -17,15 +21,24 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
     (folder / 'mine').mkdir()
     chance = np.random.default_rng(0)
-    for i in range(40): Image.fromarray((chance.random((6, 9)) * 255).astype(np.uint8)).save(folder / f'mine/{i:02}.png')
+    for i in range(40):
+        Image.fromarray((chance.random((6, 9)) * 255).astype(np.uint8)).save(
+            folder / f'mine/{i:02}.png'
+        )
     return folder
 
 def draw(folder, out, epochs, processes=2, **environment):
     "Start the command in a session of its own, as a shell would"
-    line = f'train mnist --images mine --glimpses 2 --hidden-size 8 --latent-size 2 --read-size 1 --batch-size 4 --save-every 3 --out {out} --epochs {epochs} --processes {processes}'
+    line = (
+        'train mnist --images mine --glimpses 2 --hidden-size 8 --latent-size 2 --read-size 1 '
+        f'--batch-size 4 --save-every 3 --out {out} --epochs {epochs} --processes {processes}'
+    )
     environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), **environment}
-    return subprocess.Popen([sys.executable, '-c', START, *line.split()], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, '-c', START, *line.split()], cwd=folder, env=environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )
 
 def end(process, seconds=120):
     "Its exit code and what it said, once it and all of its processes have ended"
@@ -37,7 +50,9 @@ def end(process, seconds=120):
 
 def others(process):
     "Processes of the command's session beside the first"
-    listed = subprocess.run(['ps', '-o', 'pid=', '-s', str(process.pid)], capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(
+        ['ps', '-o', 'pid=', '-s', str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     return [int(pid) for pid in listed if int(pid) != process.pid]
 
 def until(condition, seconds=60):
@@ -49,7 +64,8 @@ def until(condition, seconds=60):
 
 def steps(folder, out): return max((row['step'] for row in read_metrics(folder / out)), default=0)
 
-def weights(folder, out): return load_file(next((folder / out).glob('state-*')) / 'model.safetensors')
+def weights(folder, out):
+    return load_file(next((folder / out).glob('state-*')) / 'model.safetensors')
 
 @pytest.fixture(scope='module')
 def whole(folder):
@@ -62,16 +78,28 @@ def test_two_processes_speak_as_one(folder, whole):
     "Every line comes once; one process alone learns the same, and says the same but for its number"
     code, alone = end(draw(folder, 'alone', 12, processes=1))
     assert code == 0 and 'Warning' not in whole
-    lines = [[re.sub(r'whole|alone|\d+\.\d+ ?nats.*|.*updates.*|PROCESSES', '', line) for line in said.splitlines()] for said in (whole, alone)]
+    lines = [
+        [
+            re.sub(r'whole|alone|\d+\.\d+ ?nats.*|.*updates.*|PROCESSES', '', line)
+            for line in said.splitlines()
+        ]
+        for said in (whole, alone)
+    ]
     assert [line for line in lines[0] if line] == [line for line in lines[1] if line]
-    runs = [json.loads((folder / out / 'run.json').read_text())['segments'] for out in ('whole', 'alone')]
+    runs = [
+        json.loads((folder / out / 'run.json').read_text())['segments']
+        for out in ('whole', 'alone')
+    ]
     assert [[segment['processes'] for segment in segments] for segments in runs] == [[2], [1]]
-    for a, b in zip(weights(folder, 'whole').values(), weights(folder, 'alone').values(), strict=True):
+    for a, b in zip(
+        weights(folder, 'whole').values(), weights(folder, 'alone').values(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0.05, atol=5e-3)
 
 @pytest.mark.parametrize('what', ['interrupt', 'terminate', 'kill', 'kill the other'])
 def test_stopped_and_started_again(what, folder, whole):
-    "Ctrl-C, a polite signal, a rude one, and the death of the other process: one line or none, nothing left behind, and the same end"
+    """Ctrl-C, a polite signal, a rude one, and the death of the other process: one line or none,
+    nothing left behind, and the same end"""
     out = what.replace(' ', '_')
     process = draw(folder, out, 12)
     until(lambda: steps(folder, out) >= 10)
@@ -86,12 +114,15 @@ def test_stopped_and_started_again(what, folder, whole):
     else: assert code == 2 and last.startswith('draw: process 2 of 2 has ended (signal SIGKILL)')
     assert 'Traceback' not in said
     assert end(draw(folder, out, 12))[0] == 0
-    for a, b in zip(weights(folder, out).values(), weights(folder, 'whole').values(), strict=True): assert torch.equal(a, b)
+    for a, b in zip(weights(folder, out).values(), weights(folder, 'whole').values(), strict=True):
+        assert torch.equal(a, b)
 
 def test_errors_come_once(folder, whole):
     "What is wrong is said in one line by the first process, and nothing is started or written"
     before = sorted(folder.rglob('*'))
-    for epochs, processes, expected in ((12, 3, 'does not divide among 3'), (11, 2, 'at least as many as before, 12')):
+    for epochs, processes, expected in (
+        (12, 3, 'does not divide among 3'), (11, 2, 'at least as many as before, 12'),
+    ):
         code, said = end(draw(folder, 'whole', epochs, processes))
         assert code == 2 and expected in said.splitlines()[-1] and 'Traceback' not in said
     code, said = end(draw(folder, 'none', 12, RANK='0', WORLD_SIZE='1'))

@@ -1,6 +1,7 @@
-"""The fused scan computes what the definition does, or steps aside, or says in one line that it cannot
+"""The fused scan computes what the definition does, steps aside, or says in a line that it cannot
 
-`definition` is the loop over `DRAW.steps`. Networks are in float64 where nothing else is said, so that both agree to rounding far below any mistake.
+`definition` is the loop over `DRAW.steps`. Networks are in float64 where nothing else is said, so
+that both agree to rounding far below any mistake.
 """
 import threading, time
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,10 @@ import draw_nbdev.model, draw_nbdev.scan as scan
 from draw_nbdev.attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
 from draw_nbdev.model import DRAW, DRAWConfig, DRAWOutput, LSTMCell
 
-SMALL = DRAWConfig(height=5, width=7, channels=3, glimpses=3, hidden_size=6, latent_size=3, read_size=2, write_size=3)
+SMALL = DRAWConfig(
+    height=5, width=7, channels=3, glimpses=3, hidden_size=6, latent_size=3, read_size=2,
+    write_size=3,
+)
 WHOLE, NORMED = replace(SMALL, attention=False), replace(SMALL, layer_norm=True)
 
 def network(config=SMALL, kind=DRAW, dtype=torch.float64, **options):
@@ -30,19 +34,26 @@ def network(config=SMALL, kind=DRAW, dtype=torch.float64, **options):
 def inputs(batch=2, dtype=torch.float64):
     "Images and noise"
     random = torch.Generator().manual_seed(1)
-    return torch.rand(batch, 3, 5, 7, generator=random).to(dtype), torch.randn(3, batch, 3, generator=random).to(dtype)
+    return torch.rand(batch, 3, 5, 7, generator=random).to(dtype), torch.randn(
+        3, batch, 3, generator=random
+    ).to(dtype)
 
 def definition(model, x, noise):
     "The loop"
     steps = list(model.steps(x, noise))
-    return DRAWOutput(steps[-1].canvas, *(torch.stack(values) for values in zip(*(step[:3] for step in steps))))
+    return DRAWOutput(
+        steps[-1].canvas, *(torch.stack(values) for values in zip(*(step[:3] for step in steps)))
+    )
 
 def loss(output): return sum((value**2).sum() for value in output)
 
 def learned(scan, model, x, noise):
     "Outputs, and gradients of the loss by all parameters"
     output = scan(model, x, noise)
-    return [*(value.detach() for value in output), *torch.autograd.grad(loss(output), list(model.parameters()), materialize_grads=True)]
+    return [
+        *(value.detach() for value in output),
+        *torch.autograd.grad(loss(output), list(model.parameters()), materialize_grads=True),
+    ]
 
 def forward(model, x, noise): return model(x, noise)
 
@@ -97,15 +108,20 @@ class OtherTensor(torch.Tensor): pass
 def attribute(path, value):
     "Change one attribute of a network"
     *parts, last = path.split('.')
-    def change(model): setattr(model.get_submodule('.'.join(parts)), last, value(model) if callable(value) else value)
+    def change(model):
+        setattr(
+            model.get_submodule('.'.join(parts)), last, value(model) if callable(value) else value
+        )
     return change
 
 def kind(path, cls):
     "Change the class of a part and leave its weights"
     return attribute(f'{path}.__class__', lambda model: cls)
 
-def norm(**options): return attribute('decoder.norm', lambda model: nn.LayerNorm(6, **options).double())
-def twice(module, arguments, output): return tuple(2 * v for v in output) if isinstance(output, tuple) else 2 * output
+def norm(**options):
+    return attribute('decoder.norm', lambda model: nn.LayerNorm(6, **options).double())
+def twice(module, arguments, output):
+    return tuple(2 * v for v in output) if isinstance(output, tuple) else 2 * output
 
 UNKNOWN = {
     'reading of another class': (SMALL, kind('read', DoubledRead)),
@@ -119,9 +135,13 @@ UNKNOWN = {
     'patch of another class': (SMALL, kind('write.patch', DoubledLinear)),
     'update of another class': (WHOLE, kind('write.canvas', DoubledLinear)),
     'posterior of another class': (SMALL, kind('posterior', DoubledLinear)),
-    'posterior in two layers': (SMALL, attribute('posterior', lambda model: nn.Sequential(model.posterior, nn.Tanh()))),
+    'posterior in two layers': (
+        SMALL, attribute('posterior', lambda model: nn.Sequential(model.posterior, nn.Tanh())),
+    ),
     'posterior without bias': (SMALL, attribute('posterior.bias', None)),
-    'attention by the configuration only': (WHOLE, lambda model: setattr(model, 'config', replace(WHOLE, attention=True))),
+    'attention by the configuration only': (
+        WHOLE, lambda model: setattr(model, 'config', replace(WHOLE, attention=True)),
+    ),
     'norm with another epsilon': (NORMED, norm(eps=1e-2)),
     'norm without weights': (NORMED, norm(elementwise_affine=False)),
     'norm without bias': (NORMED, norm(bias=False)),
@@ -130,15 +150,46 @@ UNKNOWN = {
     'weight norm': (SMALL, lambda model: parametrizations.weight_norm(model.encoder.gates)),
     'pruned': (SMALL, lambda model: prune.l1_unstructured(model.decoder.gates, 'weight', 0.5)),
     'forward hook': (SMALL, lambda model: model.encoder.register_forward_hook(twice)),
-    'hook before forward': (SMALL, lambda model: model.write.patch.register_forward_pre_hook(lambda module, arguments: (2 * arguments[0],))),
-    'backward hook': (SMALL, lambda model: model.posterior.register_full_backward_hook(lambda module, inputs, outputs: tuple(2 * v for v in inputs))),
-    'hook before backward': (SMALL, lambda model: model.posterior.register_full_backward_pre_hook(lambda module, outputs: tuple(2 * v for v in outputs))),
-    'forward of a part replaced': (SMALL, attribute('posterior.forward', lambda model: lambda v: torch.zeros(len(v), 6).double() + v.sum())),
-    'steps replaced': (SMALL, attribute('steps', lambda model: lambda images, noise: DRAW.steps(model, images / 2, noise))),
+    'hook before forward': (
+        SMALL,
+        lambda model: model.write.patch.register_forward_pre_hook(
+            lambda module, arguments: (2 * arguments[0],)
+        ),
+    ),
+    'backward hook': (
+        SMALL,
+        lambda model: model.posterior.register_full_backward_hook(
+            lambda module, inputs, outputs: tuple(2 * v for v in inputs)
+        ),
+    ),
+    'hook before backward': (
+        SMALL,
+        lambda model: model.posterior.register_full_backward_pre_hook(
+            lambda module, outputs: tuple(2 * v for v in outputs)
+        ),
+    ),
+    'forward of a part replaced': (
+        SMALL,
+        attribute(
+            'posterior.forward', lambda model: lambda v: torch.zeros(len(v), 6).double() + v.sum()
+        ),
+    ),
+    'steps replaced': (
+        SMALL,
+        attribute(
+            'steps', lambda model: lambda images, noise: DRAW.steps(model, images / 2, noise)
+        ),
+    ),
     'steps of a subclass': (SMALL, kind('', OtherSteps)),
     'forward of a subclass': (SMALL, kind('', OtherForward)),
     'initial states of a subclass': (SMALL, kind('', OtherStates)),
-    'parameters of another class': (SMALL, attribute('posterior.weight', lambda model: nn.Parameter(model.posterior.weight.detach().as_subclass(OtherTensor)))),
+    'parameters of another class': (
+        SMALL,
+        attribute(
+            'posterior.weight',
+            lambda model: nn.Parameter(model.posterior.weight.detach().as_subclass(OtherTensor)),
+        ),
+    ),
 }
 
 @pytest.mark.parametrize('name', UNKNOWN)
@@ -148,21 +199,27 @@ def test_unknown_network(name, fused_calls):
     model = network(config)
     change(model)
     for p in model.parameters(): p.requires_grad_()
-    for ours, theirs in zip(learned(forward, model, *inputs()), learned(definition, model, *inputs())): assert torch.equal(ours, theirs)
+    for ours, theirs in zip(
+        learned(forward, model, *inputs()), learned(definition, model, *inputs())
+    ):
+        assert torch.equal(ours, theirs)
     assert not fused_calls
 
 def test_hook_on_all_modules(fused_calls):
     "A hook that PyTorch calls for every module is called"
     model, (x, noise) = network(), inputs()
     seen = []
-    handle = register_module_forward_hook(lambda module, arguments, output: seen.append(type(module)))
+    handle = register_module_forward_hook(
+        lambda module, arguments, output: seen.append(type(module))
+    )
     try: model(x, noise)
     finally: handle.remove()
     assert seen.count(LSTMCell) == 6 and not fused_calls
 
 @pytest.mark.parametrize('config', [SMALL, WHOLE, NORMED])
 def test_known_network(config, fused_calls):
-    "What does no harm keeps the scan: hooks on the whole network and on parameters, more parts, other defaults, plain tensors as parameters"
+    """What does no harm keeps the scan: hooks on the whole network and on parameters, more
+    parts, other defaults, plain tensors as parameters"""
     class More(DRAW):
         def __init__(self, config):
             super().__init__(config)
@@ -171,40 +228,67 @@ def test_known_network(config, fused_calls):
     model.config = replace(config, glimpses=9)
     model.register_forward_hook(lambda module, arguments, output: None)
     model.posterior.weight.register_hook(lambda gradient: 2 * gradient)
-    for ours, theirs in zip(learned(forward, model, x, noise), learned(definition, model, x, noise)): torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-    torch.func.functional_call(model, {name: p.detach() for name, p in model.named_parameters()}, (nn.Parameter(x), noise))
+    for ours, theirs in zip(
+        learned(forward, model, x, noise), learned(definition, model, x, noise)
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    torch.func.functional_call(
+        model, {name: p.detach() for name, p in model.named_parameters()}, (nn.Parameter(x), noise)
+    )
     assert len(fused_calls) == 2
 
 
 # ---- passes that somebody watches
 
-def compiled(model, x, noise): return torch.compile(model, backend='eager', fullgraph=True)(x, noise)
+def compiled(model, x, noise):
+    return torch.compile(model, backend='eager', fullgraph=True)(x, noise)
 def exported(model, x, noise): return torch.export.export(model, (x / 2, noise)).module()(x, noise)
-def traced(model, x, noise): return DRAWOutput(*torch.jit.trace(model, (x / 2, noise), check_trace=False)(x, noise))
-def tangents(model, x, noise): return torch.func.jvp(lambda x: model(x, noise), (x,), (torch.ones_like(x),))[1]
+def traced(model, x, noise):
+    return DRAWOutput(*torch.jit.trace(model, (x / 2, noise), check_trace=False)(x, noise))
+def tangents(model, x, noise):
+    return torch.func.jvp(lambda x: model(x, noise), (x,), (torch.ones_like(x),))[1]
 def gradients(model, x, noise): return [torch.func.grad(lambda x: loss(model(x, noise)))(x)]
-def examples(model, x, noise): return [torch.func.vmap(lambda x, noise: model(x[None], noise[:, None]).canvas, in_dims=(0, 1))(x, noise)]
+def examples(model, x, noise):
+    return [
+        torch.func.vmap(lambda x, noise: model(x[None], noise[:, None]).canvas, in_dims=(0, 1))(
+            x, noise
+        )
+    ]
 def dual_tangents(model, x, noise):
-    with forward_ad.dual_level(): return [forward_ad.unpack_dual(value).tangent for value in model(forward_ad.make_dual(x, torch.ones_like(x)), noise)]
+    with forward_ad.dual_level():
+        return [
+            forward_ad.unpack_dual(value).tangent
+            for value in model(forward_ad.make_dual(x, torch.ones_like(x)), noise)
+        ]
 def operations(model, x, noise):
     with FlopCounterMode(display=False) as counter: model(x, noise)
     return [torch.tensor(counter.get_total_flops())]
-def of_another_class(model, x, noise): return [value.as_subclass(torch.Tensor) for value in model(x.as_subclass(OtherTensor), noise)]
+def of_another_class(model, x, noise):
+    return [value.as_subclass(torch.Tensor) for value in model(x.as_subclass(OtherTensor), noise)]
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('watch', [compiled, exported, traced, tangents, gradients, examples, dual_tangents, operations, of_another_class])
+@pytest.mark.parametrize(
+    'watch',
+    [
+        compiled, exported, traced, tangents, gradients, examples, dual_tangents, operations,
+        of_another_class,
+    ],
+)
 def test_watched_pass(watch, fused_calls):
     "Compilers, exporters, tracers and transforms see the definition"
     ours, theirs = (watch(network(**options), *inputs()) for options in ({}, {'scan': 'reference'}))
-    for a, b in zip(ours, theirs, strict=True): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert not fused_calls
 
 def test_float64_under_autocast(fused_calls):
     "Autocast leaves float64 alone, so the scan must not round it"
     model, (x, noise) = network(), inputs()
-    with torch.autocast('cpu', torch.bfloat16): ours, theirs = model(x, noise), definition(model, x, noise)
+    with torch.autocast('cpu', torch.bfloat16):
+        ours, theirs = model(x, noise), definition(model, x, noise)
     for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    with torch.autocast('cpu', torch.bfloat16): network(dtype=torch.float32)(*inputs(dtype=torch.float32))
+    with torch.autocast('cpu', torch.bfloat16):
+        network(dtype=torch.float32)(*inputs(dtype=torch.float32))
     assert len(fused_calls) == 1
 
 
@@ -224,34 +308,76 @@ def test_without_gradients(mode, nothing_kept, fused_calls):
         output = model(x, noise)
         assert not torch.is_grad_enabled()
         inside = model(*inputs())
-    assert not any(value.requires_grad for value in output) and output.canvas.numpy().shape == x.shape
+    assert (
+        not any(value.requires_grad for value in output) and output.canvas.numpy().shape == x.shape
+    )
     assert [key[3] for key, _ in scan.Lease.free] == [False]
     for a, b, c in zip(output, inside, expected): assert torch.equal(a, c) and torch.equal(b, c)
-    with torch.no_grad(): assert torch.equal(model(x, noise).canvas, output.canvas) # the buffers of the pass before
+    # the buffers of the pass before
+    with torch.no_grad(): assert torch.equal(model(x, noise).canvas, output.canvas)
     assert all(map(torch.equal, learned(forward, model, x, noise), expected))
     assert len(fused_calls) == 5
+
+@pytest.mark.parametrize('config', [SMALL, WHOLE, NORMED])
+def test_gradients_that_come_in_are_left_alone(config):
+    "Nothing that a loss gives, or looks at later, is changed by the backward pass"
+    model, (x, noise) = network(config), inputs()
+    output = model(x.requires_grad_(), noise)
+    given = [torch.rand_like(value) for value in output]
+    before = [value.clone() for value in (*output, *given)]
+    for value in output: value.retain_grad()
+    torch.autograd.backward(list(output), given)
+    for a, b in zip((*output, *given), before): assert torch.equal(a, b)
+    for a, b in zip(output, given): assert torch.equal(a.grad, b)
+    ours, x.grad = x.grad, None
+    torch.autograd.backward(list(definition(model, x, noise)), given)
+    torch.testing.assert_close(ours, x.grad, rtol=1e-10, atol=1e-10)
+
+@pytest.mark.parametrize('config', [SMALL, WHOLE, NORMED])
+def test_many_steps(config):
+    "More steps than go into one product of the weights' gradients, by as many images"
+    model, random = network(config), torch.Generator().manual_seed(2)
+    x = torch.rand(300, 3, 5, 7, generator=random).double() # of which 1024 // 300 steps make one
+    noise = torch.randn(8, 300, 3, generator=random).double()
+    with threads(1):
+        ours, theirs = (learned(run, model, x, noise) for run in (forward, definition))
+    for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 @pytest.mark.parametrize('config', [SMALL, WHOLE])
 def test_second_derivatives(config):
     "Refused, whatever is derived by whatever; the reference has them"
     x, noise = inputs()
     def penalty(model, by, output):
-        gradient, = torch.autograd.grad(output(model(by if by is x else x, noise)), by, create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            output(model(by if by is x else x, noise)), by, create_graph=True
+        )
         return torch.autograd.grad(gradient.pow(2).sum(), by)[0]
     x.requires_grad_()
     model, reference = network(config), network(config, scan='reference')
     linear = lambda output: output.canvas.sum() # an incoming gradient without a history
     for output in (linear, loss):
-        for by in (lambda model: x, lambda model: model.encoder.gates.weight, lambda model: model.initial_canvas):
-            with pytest.raises(ValueError, match="^the fused scan has no second derivatives, which create_graph=True asks for: use scan='reference'$"): penalty(model, by(model), output)
+        for by in (
+            lambda model: x, lambda model: model.encoder.gates.weight,
+            lambda model: model.initial_canvas,
+        ):
+            with pytest.raises(
+                ValueError,
+                match='^the fused scan has no second derivatives, which create_graph=True asks '
+                "for: use scan='reference'$",
+            ):
+                penalty(model, by(model), output)
             if output is loss: assert penalty(reference, by(reference), output).abs().sum() > 0
     with pytest.raises(ValueError, match='no second derivatives'):
-        torch.autograd.functional.hvp(lambda w: loss(torch.func.functional_call(model, {'posterior.weight': w}, (x, noise))), model.posterior.weight, model.posterior.weight)
+        torch.autograd.functional.hvp(
+            lambda w: loss(torch.func.functional_call(model, {'posterior.weight': w}, (x, noise))),
+            model.posterior.weight, model.posterior.weight,
+        )
 
 
 # ---- what is kept
 
-def workers(): return [thread for thread in threading.enumerate() if thread.name.startswith('draw_scan')]
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith('draw_scan')]
 def until(condition):
     end = time.monotonic() + 20
     while not condition(): time.sleep(0.01); assert time.monotonic() < end
@@ -272,9 +398,13 @@ def test_several_workers(config, nothing_kept):
             model, data = network(config), inputs(batch)
             assert scan.worker_count(data[0]) == count
             ours = learned(forward, model, *data)
-            assert all(map(torch.equal, ours, learned(forward, model, *data))) and torch.get_num_threads() == count
+            assert (
+                all(map(torch.equal, ours, learned(forward, model, *data)))
+                and torch.get_num_threads() == count
+            )
             assert {sum(key[2]) for key, _ in scan.Lease.free if len(key[2]) == count} >= {batch}
-            for a, b in zip(ours, learned(definition, model, *data)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+            for a, b in zip(ours, learned(definition, model, *data)):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     until(lambda: len(workers()) == 3)
 
 def test_release(nothing_kept):
@@ -286,15 +416,23 @@ def test_release(nothing_kept):
         with threads(count): learned(forward, model, *inputs(batch))
         until(lambda: len(workers()) == max(count, 3 if batch == 40 else 0))
     assert len(scan.Lease.free) == 3 and scan.Lease.kept() > 0
-    tensors = [value for _, workspaces in scan.Lease.free for w in workspaces for value in vars(w).values() if isinstance(value, torch.Tensor)]
-    assert scan.Lease.kept() > sum(value.element_size() * value.nelement() for value in tensors) / 2 # counted, not guessed
+    tensors = [
+        value
+        for _, workspaces in scan.Lease.free
+        for w in workspaces
+        for value in vars(w).values()
+        if isinstance(value, torch.Tensor)
+    ]
+    # counted, not guessed
+    assert scan.Lease.kept() > sum(value.element_size() * value.nelement() for value in tensors) / 2
     scan.release()
     assert not scan.Lease.free and scan.Lease.kept() == 0
     until(lambda: not workers())
     learned(forward, model, *inputs(40)) # and all goes on
 
 def test_limit_of_what_is_kept(nothing_kept, monkeypatch):
-    "The newest workspaces, as many as the limit has room for; more of them than three if they are small"
+    """The newest workspaces, as many as the limit has room for; more of them than three if they
+    are small"""
     model = network()
     for batch in range(1, 7): learned(forward, model, *inputs(batch))
     sizes = [sum(w.bytes for w in workspaces) for _, workspaces in scan.Lease.free]
@@ -309,13 +447,16 @@ def test_limit_of_what_is_kept(nothing_kept, monkeypatch):
 
 # ---- oneDNN's private operators
 
-@pytest.mark.parametrize('name', ['_linear_pointwise', '_reorder_linear_weight', '_is_mkldnn_bf16_supported'])
+@pytest.mark.parametrize(
+    'name', ['_linear_pointwise', '_reorder_linear_weight', '_is_mkldnn_bf16_supported']
+)
 @pytest.mark.parametrize('behaviour', ['raises', 'is gone', 'is something else'])
 def test_private_operators_that_changed(name, behaviour, monkeypatch):
     "`torch.mm` in their place, and the same numbers"
     model, data = network(dtype=torch.float32), inputs(20, torch.float32)
     def run(half=False):
-        with torch.autocast('cpu', torch.bfloat16) if half else nullcontext(): return learned(forward, model, *data)
+        with torch.autocast('cpu', torch.bfloat16) if half else nullcontext():
+            return learned(forward, model, *data)
     expected, rounded = run(), run(half=True)
     class Operators:
         def __getattr__(self, asked):
@@ -332,7 +473,8 @@ def test_private_operators_that_changed(name, behaviour, monkeypatch):
         if name != '_is_mkldnn_bf16_supported': assert not scan.onednn_works(torch.float32)
         assert not scan.onednn_works(torch.bfloat16)
         for a, b in zip(run(), expected): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-        for a, b in zip(run(half=True), rounded): torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+        for a, b in zip(run(half=True), rounded):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
     finally:
         monkeypatch.undo()
         scan.onednn_works.cache_clear()
@@ -340,7 +482,9 @@ def test_private_operators_that_changed(name, behaviour, monkeypatch):
 
 # ---- numbers of all kinds
 
-@pytest.mark.parametrize('kind', [torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8])
+@pytest.mark.parametrize(
+    'kind', [torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8]
+)
 @pytest.mark.parametrize('config', [SMALL, WHOLE])
 def test_images_of_any_dtype(config, kind):
     "Both scans take them as numbers of the network's own dtype"
@@ -349,7 +493,8 @@ def test_images_of_any_dtype(config, kind):
     expected = definition(network(config, dtype=torch.float32), x.float(), noise.float())
     for name in ('fused', 'reference'):
         model = network(config, dtype=torch.float32, scan=name)
-        for a, b in zip(model(x, noise), expected): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(model(x, noise), expected):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         drawing = model.reconstruct(x, noise)
         torch.testing.assert_close(drawing.canvases[-1], expected.canvas, rtol=1e-4, atol=1e-5)
 
@@ -359,7 +504,12 @@ def test_networks_in_half_precision(dtype):
     for name in ('fused', 'reference'):
         model = network(dtype=dtype, scan=name)
         for call in (model, model.reconstruct):
-            with pytest.raises(ValueError, match=f'^parameters in {dtype} are too coarse for the windows: keep the network in float32 and use torch.autocast$'): call(*inputs(dtype=dtype))
+            with pytest.raises(
+                ValueError,
+                match=f'^parameters in {dtype} are too coarse for the windows: '
+                'keep the network in float32 and use torch.autocast$',
+            ):
+                call(*inputs(dtype=dtype))
 
 @pytest.mark.parametrize('value', [-200., -104., 104., 200.])
 @pytest.mark.parametrize('number', range(5))
@@ -368,8 +518,19 @@ def test_extreme_windows(number, value):
     def extreme(dtype, **options):
         model = network(dtype=dtype, **options)
         with torch.no_grad():
-            for layer in (model.read.window, model.write.window): layer.weight[number], layer.bias[number] = 0, value
+            for layer in (model.read.window, model.write.window):
+                layer.weight[number], layer.bias[number] = 0, value
         return model
-    for name in ('fused', 'reference'): assert all(v.isfinite().all() for v in learned(forward, extreme(torch.float32, scan=name), *inputs(dtype=torch.float32)))
-    ours, theirs = (learned(forward, extreme(torch.float64, scan=name), *inputs()) for name in ('fused', 'reference'))
-    for a, b in zip(ours, theirs): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8 * float(b.abs().max()))
+    for name in ('fused', 'reference'):
+        assert all(
+            v.isfinite().all()
+            for v in learned(
+                forward, extreme(torch.float32, scan=name), *inputs(dtype=torch.float32)
+            )
+        )
+    ours, theirs = (
+        learned(forward, extreme(torch.float64, scan=name), *inputs())
+        for name in ('fused', 'reference')
+    )
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8 * float(b.abs().max()))

@@ -1,12 +1,15 @@
 """Training under faults: killed processes, full disks, strange files, several processes at once
 
-A fork server imports PyTorch once; every training process below is forked from it, so that killing and starting again is cheap.
+A fork server imports PyTorch once; every training process below is forked from it, so that killing
+and starting again is cheap.
 The file is also a program: `test_training.py FOLDER` is the toy run that `torchrun` starts twice.
 """
-import errno, json, math, multiprocessing, os, pickle, random, resource, shutil, signal, socket, subprocess, sys, time
+import errno, json, math, multiprocessing, os, pickle, random, resource, shutil, signal, socket
+import subprocess, sys, time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 import pytest
 import torch
@@ -22,19 +25,32 @@ from draw_nbdev.options import TrainOptions
 from draw_nbdev.checkpoints import open_run, read_metrics
 from draw_nbdev.training import train
 
-CONFIG = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3, read_size=2, write_size=3)
-OPTIONS = TrainOptions(epochs=3, batch_size=4, save_every=4, log_every=1, kl_warmup=4, rate_warmup=3, learning_rate=0.01) # 3 epochs of 6 updates
+CONFIG = DRAWConfig(
+    height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3, read_size=2,
+    write_size=3,
+)
+# 3 epochs of 6 updates
+OPTIONS = TrainOptions(
+    epochs=3, batch_size=4, save_every=4, log_every=1, kl_warmup=4, rate_warmup=3,
+    learning_rate=0.01,
+)
 LAST = 18 # Updates in all
 
 def toy_images(split='train', kind=Images):
     "Binary noise in two colours"
-    pixels = torch.rand({'train': 24, 'valid': 8}[split], 2, 5, 7, generator=torch.Generator().manual_seed(3)) < 0.3
+    pixels = (
+        torch.rand(
+            {'train': 24, 'valid': 8}[split], 2, 5, 7, generator=torch.Generator().manual_seed(3)
+        )
+        < 0.3
+    )
     return kind(pixels.to(torch.uint8), 'toy', split, levels=1)
 
 class Failing(Images):
     "Images that fail when a given number of batches has been drawn"
     def batch(self, indices, generator=None):
-        if len(indices) == OPTIONS.batch_size: self.left -= 1 # the mean image is made from larger batches
+        # the mean image is made from larger batches
+        if len(indices) == OPTIONS.batch_size: self.left -= 1
         if self.left < 0: raise InterruptedError('the plug was pulled')
         return super().batch(indices, generator)
 
@@ -44,16 +60,31 @@ def toy_train(out, options=OPTIONS, batches=None, config=CONFIG):
     images.left = math.inf if batches is None else batches
     return train(config, images, toy_images('valid'), out, options)
 
-def timeless(row): return {k: v for k, v in row.items() if k not in ('images_per_s', 'seconds', 'cpu_seconds', 'files')}
+def timeless(row):
+    return {
+        k: v for k, v in row.items() if k not in ('images_per_s', 'seconds', 'cpu_seconds', 'files')
+    }
 
 def outcome(out):
     "Everything that a run leaves behind and that does not depend on the clock"
     state = sorted(out.glob('state-*'))[-1]
-    optimizers = [torch.load(file, weights_only=True)['state'] for file in sorted(state.glob('optimizer*.bin'))]
-    return {'best': (out / 'best/model.safetensors').read_bytes(), 'config': (out / 'best/config.json').read_bytes(),
-            'state': state.name, 'weights': (state / 'model.safetensors').read_bytes(), 'averaged': (state / 'averaged.safetensors').read_bytes(),
-            'moments': [[v.tolist() for v in moments.values()] for optimizer in optimizers for moments in optimizer.values()], 'progress': timeless(json.loads((state / 'progress.json').read_text())),
-            'metrics': [timeless(row) for row in read_metrics(out)]}
+    optimizers = [
+        torch.load(file, weights_only=True)['state']
+        for file in sorted(state.glob('optimizer*.bin'))
+    ]
+    return {
+        'best': (out / 'best/model.safetensors').read_bytes(),
+        'config': (out / 'best/config.json').read_bytes(), 'state': state.name,
+        'weights': (state / 'model.safetensors').read_bytes(),
+        'averaged': (state / 'averaged.safetensors').read_bytes(),
+        'moments': [
+            [v.tolist() for v in moments.values()]
+            for optimizer in optimizers
+            for moments in optimizer.values()
+        ],
+        'progress': timeless(json.loads((state / 'progress.json').read_text())),
+        'metrics': [timeless(row) for row in read_metrics(out)],
+    }
 
 def assert_same(out, reference):
     "Two runs ended with the same weights, moments, metrics and best bound, bit for bit"
@@ -61,21 +92,26 @@ def assert_same(out, reference):
     for key in theirs: assert ours[key] == theirs[key], key
 
 def updates_saved(out, least=0):
-    "Updates up to the newest state, at least as many as before; this state can be read, and so can the weights, once there are any"
+    """Updates up to the newest state, at least as many as before; this state can be read, and so
+    can the weights, once there are any"""
     states, step = sorted(out.glob('state-*')), 0
     if states:
         for name in ('model.safetensors', 'averaged.safetensors'): load_file(states[-1] / name)
         torch.load(states[-1] / 'optimizer.bin', weights_only=True)
         step = json.loads((states[-1] / 'progress.json').read_text())['step']
         assert step == int(states[-1].name[-8:])
-    if all((out / 'best' / name).exists() for name in ('config.json', 'model.safetensors')): DRAW.from_pretrained(out)
+    if all((out / 'best' / name).exists() for name in ('config.json', 'model.safetensors')):
+        DRAW.from_pretrained(out)
     assert step >= least
     return step
 
 
 # ---- training in processes of their own
 
-def child(out, options=OPTIONS, environment={}, die_at=None, file_limit=None, slow_to_make=0, slow_to_look=0, report=None):
+def child(
+    out, options=OPTIONS, environment={}, die_at=None, file_limit=None, slow_to_make=0,
+    slow_to_look=0, report=None, cpu=None,
+):
     "What a forked process does: train, and die or suffer on the way as asked"
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -84,15 +120,21 @@ def child(out, options=OPTIONS, environment={}, die_at=None, file_limit=None, sl
     def hook(event, arguments):
         "Count operations on the files of the run, and die before the one that was chosen"
         nonlocal operations
-        if event in ('os.remove', 'os.rmdir') or event in ('open', 'os.rename', 'os.mkdir', 'shutil.rmtree') and str(arguments[0]).startswith(str(out)):
+        if (
+            event in ('os.remove', 'os.rmdir')
+            or event in ('open', 'os.rename', 'os.mkdir', 'shutil.rmtree')
+            and str(arguments[0]).startswith(str(out))
+        ):
             operations += 1
             if operations == die_at: os.kill(os.getpid(), signal.SIGKILL)
-        if event == 'os.rename' and Path(arguments[0]).name.startswith('.run.json.'): time.sleep(slow_to_make)
+        if event == 'os.rename' and Path(arguments[0]).name.startswith('.run.json.'):
+            time.sleep(slow_to_make)
     sys.addaudithook(hook)
     def look(*arguments, **more):
         time.sleep(slow_to_look)
         return open_run(*arguments, **more)
     training.open_run = look
+    if cpu: training.process_time = partial(next, count(0, cpu)) # so much between two calls
     try: toy_train(out, options)
     except Exception as error:
         if report is None: raise
@@ -106,7 +148,9 @@ def start():
         patch.setenv('PYTHONPATH', os.pathsep.join(here + [os.environ.get('PYTHONPATH', '')]))
         patch.setenv('OMP_NUM_THREADS', '1')
         context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['test_training', 'torch.utils.tensorboard', 'torch._dynamo', 'torch.onnx'])
+        context.set_forkserver_preload(
+            ['test_training', 'torch.utils.tensorboard', 'torch._dynamo', 'torch.onnx']
+        )
         def start(out, **how):
             process = context.Process(target=child, args=(out,), kwargs=how)
             process.start()
@@ -126,7 +170,9 @@ def undisturbed(tmp_path_factory, start):
     "Folder of a run that nothing happened to"
     out = tmp_path_factory.mktemp('undisturbed') / 'run'
     assert finish(start(out)) == [0]
-    assert [row['step'] for row in read_metrics(out) if row['split'] == 'train'] == list(range(1, LAST + 1))
+    assert [row['step'] for row in read_metrics(out) if row['split'] == 'train'] == list(
+        range(1, LAST + 1)
+    )
     return out
 
 def test_in_another_process_the_run_is_the_same(undisturbed, tmp_path):
@@ -138,11 +184,16 @@ def test_in_another_process_the_run_is_the_same(undisturbed, tmp_path):
 # ---- kill -9
 
 def test_killed_at_random_moments(start, undisturbed, tmp_path):
-    "SIGKILL from outside, some moments after some update, again and again; then the run is left alone"
+    """SIGKILL from outside, some moments after some update, again and again; then the run is
+    left alone"""
     out, chance, codes, saved = tmp_path / 'run', random.Random(0), [], 0
     for _ in range(6):
         process, until = start(out), saved + chance.randint(1, 4)
-        while process.is_alive() and max([row['step'] for row in read_metrics(out)], default=0) < until: time.sleep(0.002)
+        while (
+            process.is_alive()
+            and max([row['step'] for row in read_metrics(out)], default=0) < until
+        ):
+            time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.03))
         process.kill()
         codes += finish(process)
@@ -152,10 +203,12 @@ def test_killed_at_random_moments(start, undisturbed, tmp_path):
     assert_same(out, undisturbed)
 
 def test_killed_again_and_again_before_a_file_operation(start, undisturbed, tmp_path):
-    "SIGKILL just before the n-th time that a file of the run is opened, renamed or removed, for n = 1, 2, ..., until it ends"
+    """SIGKILL just before the n-th time that a file of the run is opened, renamed or removed,
+    for n = 1, 2, ..., until it ends"""
     out, saved = tmp_path / 'run', 0
     for n in range(1, 1000):
-        code, = finish(start(out, die_at=n + n // 10 * 8)) # the first files one by one, later ones with gaps
+        # the first files one by one, later ones with gaps
+        code, = finish(start(out, die_at=n + n // 10 * 8))
         saved = updates_saved(out, saved)
         if code == 0: break
         assert code == -signal.SIGKILL
@@ -163,7 +216,8 @@ def test_killed_again_and_again_before_a_file_operation(start, undisturbed, tmp_
     assert_same(out, undisturbed)
 
 def test_killed_before_each_file_operation_of_saving(start, undisturbed, tmp_path):
-    "SIGKILL just before the n-th operation, for every n until new states and better weights have replaced those that were there"
+    """SIGKILL just before the n-th operation, for every n until new states and better weights
+    have replaced those that were there"""
     base, out = tmp_path / 'base', tmp_path / 'run'
     with pytest.raises(InterruptedError): toy_train(base, batches=9)
     assert updates_saved(base) == 8
@@ -209,7 +263,9 @@ def full_disk(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')
 
 def when(condition, function, failure):
     "`function`, except that `failure` is called where `condition` holds for its arguments"
-    return lambda *arguments, **more: (failure if condition(*arguments) else function)(*arguments, **more)
+    return lambda *arguments, **more: (failure if condition(*arguments) else function)(
+        *arguments, **more
+    )
 
 def half_save_file(tensors, path):
     "Write half a file of weights before the disk is full"
@@ -221,19 +277,67 @@ def calls(number):
     counter = iter(range(10**9))
     return lambda *_: next(counter) >= number
 
-FAULTS = { # Where the disk is full -> what fails there, and how many updates are in the state that is left
-    'run.json': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name.startswith('.run.json.'), Path.write_text, full_disk)), 0),
-    'first state': (lambda patch: patch.setattr(Path, 'replace', when(lambda _, target: target.name.startswith('state-'), Path.replace, full_disk)), 0),
-    'averaged weights': (lambda patch: patch.setattr(checkpoints, 'save_file', when(calls(2), checkpoints.save_file, half_save_file)), 6),
-    'progress': (lambda patch: patch.setattr(Path, 'write_text', when(lambda path, *_: path.name == 'progress.json' and (path.parents[1] / 'state-00000006').exists(), Path.write_text, full_disk)), 6),
-    'rename of a state': (lambda patch: patch.setattr(Path, 'replace', when(lambda _, target: target.name == 'state-00000008', Path.replace, full_disk)), 6),
-    'best weights': (lambda patch: patch.setattr(DRAW, 'save_pretrained', when(calls(1), DRAW.save_pretrained, full_disk)), 8),
-    'rename of the best weights': (lambda patch: patch.setattr(os, 'replace', when(lambda _, target: Path(target).parent.name == 'best' and Path(target).exists(), os.replace, full_disk)), 8),
+# Where the disk is full -> what fails there, and how many updates are in the state that is left
+FAULTS = {
+    'run.json': (
+        lambda patch: patch.setattr(
+            Path, 'write_text',
+            when(lambda path, *_: path.name.startswith('.run.json.'), Path.write_text, full_disk),
+        ),
+        0,
+    ),
+    'first state': (
+        lambda patch: patch.setattr(
+            Path, 'replace',
+            when(lambda _, target: target.name.startswith('state-'), Path.replace, full_disk),
+        ),
+        0,
+    ),
+    'averaged weights': (
+        lambda patch: patch.setattr(
+            checkpoints, 'save_file', when(calls(2), checkpoints.save_file, half_save_file)
+        ),
+        6,
+    ),
+    'progress': (
+        lambda patch: patch.setattr(
+            Path, 'write_text',
+            when(
+                lambda path, *_: path.name == 'progress.json'
+                and (path.parents[1] / 'state-00000006').exists(), Path.write_text, full_disk,
+            ),
+        ),
+        6,
+    ),
+    'rename of a state': (
+        lambda patch: patch.setattr(
+            Path, 'replace',
+            when(lambda _, target: target.name == 'state-00000008', Path.replace, full_disk),
+        ),
+        6,
+    ),
+    'best weights': (
+        lambda patch: patch.setattr(
+            DRAW, 'save_pretrained', when(calls(1), DRAW.save_pretrained, full_disk)
+        ),
+        8,
+    ),
+    'rename of the best weights': (
+        lambda patch: patch.setattr(
+            os, 'replace',
+            when(
+                lambda _, target: Path(target).parent.name == 'best' and Path(target).exists(),
+                os.replace, full_disk,
+            ),
+        ),
+        8,
+    ),
 }
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_full_disk(fault, undisturbed, tmp_path):
-    "An OSError comes out, what was saved before can be read, and the run goes on once there is room"
+    """An OSError comes out, what was saved before can be read, and the run goes on once there is
+    room"""
     out = tmp_path / 'run'
     with pytest.MonkeyPatch.context() as patch:
         FAULTS[fault][0](patch)
@@ -244,7 +348,8 @@ def test_full_disk(fault, undisturbed, tmp_path):
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.bin'])
 def test_writing_fails_beneath_python(start, undisturbed, tmp_path, name):
-    "The libraries that write weights and moments meet a real error of the file system: the message names it, and the run goes on"
+    """The libraries that write weights and moments meet a real error of the file system: the
+    message names it, and the run goes on"""
     out, report = tmp_path / 'run', tmp_path / 'report'
     size = next(undisturbed.glob(f'state-*/{name}')).stat().st_size
     assert finish(start(out, file_limit=size - 200, report=report)) == [0]
@@ -259,30 +364,42 @@ def test_writing_fails_beneath_python(start, undisturbed, tmp_path, name):
 
 @pytest.mark.parametrize('where', ['bound', 'gradient'])
 def test_what_is_not_finite_is_not_saved(where, tmp_path, monkeypatch):
-    "Training ends with one line as soon as it has gone wrong, before a broken state replaces the last good one"
+    """Training ends with one line as soon as it has gone wrong, before a broken state replaces
+    the last good one"""
     genuine, updates = training.bound, []
     def breaking(output, images):
         "The bound, until the ninth update"
         parts = genuine(output, images)
         updates.append(1)
         if len(updates) < 9: return parts
-        if where == 'bound': return parts._replace(total=parts.total * math.nan, reconstruction=parts.reconstruction * math.nan)
+        if where == 'bound':
+            return parts._replace(
+                total=parts.total * math.nan, reconstruction=parts.reconstruction * math.nan
+            )
         output.canvas.register_hook(lambda slope: slope * math.nan)
         return parts
     monkeypatch.setattr(training, 'bound', breaking)
     out = tmp_path / 'run'
-    with pytest.raises(ValueError, match='finite') as caught: toy_train(out, replace(OPTIONS, log_every=100, save_every=1))
+    with pytest.raises(ValueError, match='finite') as caught:
+        toy_train(out, replace(OPTIONS, log_every=100, save_every=1))
     assert '\n' not in str(caught.value)
     state = sorted(out.glob('state-*'))[-1]
     assert state.name == 'state-00000008'
-    assert all(value.isfinite().all() for name in ('model', 'averaged') for value in load_file(state / f'{name}.safetensors').values())
+    assert all(
+        value.isfinite().all()
+        for name in ('model', 'averaged')
+        for value in load_file(state / f'{name}.safetensors').values()
+    )
 
 
 # ---- several processes
 
 def ranks(port):
     "Environments of two processes that work together, as torchrun sets them"
-    common = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    common = {
+        'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': str(port),
+    }
     return [{**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(2)]
 
 def free_port():
@@ -293,59 +410,130 @@ def free_port():
 
 @pytest.fixture(scope='session')
 def pair(tmp_path_factory, start):
-    "Folder of a run by two processes, the second of which looks at the folder while the first is making it"
+    """Folder of a run by two processes, the second of which looks at the folder while the first
+    is making it"""
     out = tmp_path_factory.mktemp('pair') / 'run'
     first, second = ranks(free_port())
-    assert finish(start(out, environment=first, slow_to_make=0.6), start(out, environment=second, slow_to_look=0.3)) == [0, 0]
+    assert finish(
+        start(out, environment=first, slow_to_make=0.6),
+        start(out, environment=second, slow_to_look=0.3),
+    ) == [0, 0]
     return out
 
 def assert_close_runs(out, reference):
     "Weights and metrics agree within what float32 sums in another order differ by"
     ours, theirs = outcome(out), outcome(reference)
-    assert [(row['step'], row['split']) for row in ours['metrics']] == [(row['step'], row['split']) for row in theirs['metrics']]
-    for a, b in zip(ours['metrics'], theirs['metrics']): assert math.isclose(a['bound'], b['bound'], rel_tol=1e-4)
+    assert [(row['step'], row['split']) for row in ours['metrics']] == [
+        (row['step'], row['split']) for row in theirs['metrics']
+    ]
+    for a, b in zip(ours['metrics'], theirs['metrics']):
+        assert math.isclose(a['bound'], b['bound'], rel_tol=1e-4)
     a, b = (load_file(folder / ours['state'] / 'model.safetensors') for folder in (out, reference))
     initial = DRAW(CONFIG).start_from(toy_images().mean()).state_dict()
     assert a.keys() == b.keys() == initial.keys()
     for name in b:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
-        assert (b[name] - initial[name]).abs().max() > 20 * (a[name] - b[name]).abs().max(), name # close for having learned the same, not for having learned nothing
+        # close for having learned the same, not for having learned nothing
+        assert (b[name] - initial[name]).abs().max() > 20 * (a[name] - b[name]).abs().max(), name
 
 def test_two_processes_do_what_one_does(pair, undisturbed):
     "Their shares of a batch and of its noise make the same updates; one of them writes"
     assert_close_runs(pair, undisturbed)
-    assert all(count == 1 for count in Counter((row['step'], row['split']) for row in read_metrics(pair)).values())
+    assert all(
+        count == 1
+        for count in Counter((row['step'], row['split']) for row in read_metrics(pair)).values()
+    )
     assert len(list((pair / 'tensorboard').iterdir())) == 1
 
 def test_two_processes_go_on(start, pair, tmp_path):
-    "One of two processes is killed, the other ends; started again, both end with the same weights, bit for bit"
+    """One of two processes is killed, the other ends; started again, both end with the same
+    weights, bit for bit"""
     out = tmp_path / 'run'
     for victim, die_at in ((0, 40), (1, 3)): # the second process touches few files of the run
         environments = ranks(free_port())
-        processes = [start(out, environment=environment, die_at=die_at if rank == victim else None) for rank, environment in enumerate(environments)]
+        processes = [
+            start(out, environment=environment, die_at=die_at if rank == victim else None)
+            for rank, environment in enumerate(environments)
+        ]
         finish(processes[victim])
         time.sleep(0.2)
-        if processes[1 - victim].is_alive(): processes[1 - victim].terminate() # what a launcher does when one of its processes fails
+        # what a launcher does when one of its processes fails
+        if processes[1 - victim].is_alive(): processes[1 - victim].terminate()
         finish(*processes)
         assert processes[victim].exitcode == -signal.SIGKILL
         assert 0 < updates_saved(out) < LAST
-    assert finish(*(start(out, environment=environment) for environment in ranks(free_port()))) == [0, 0]
+    assert finish(*(start(out, environment=environment) for environment in ranks(free_port()))) == [
+        0, 0,
+    ]
     assert_same(out, pair)
 
 def test_torchrun(undisturbed, tmp_path):
     "The launcher that users start several processes with: both take part"
     out = tmp_path / 'run'
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', str(free_port()), __file__, str(out)]
+    environment = {
+        **os.environ, 'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': os.pathsep.join(
+            [str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]
+        ),
+    }
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr',
+        '127.0.0.1', '--master_port', str(free_port()), __file__, str(out),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split()) == ['0/2', '1/2']
     assert_close_runs(out, undisturbed)
 
+def test_cpu_time_of_all_processes(start, tmp_path):
+    "What every process has used since it began, added up; there are six saves, three of epochs"
+    environments = ranks(free_port())
+    processes = [
+        start(tmp_path / 'run', environment=environment, cpu=cpu)
+        for environment, cpu in zip(environments, (1., 10.))
+    ]
+    assert finish(*processes) == [0, 0]
+    rows = [row for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid']
+    assert [row['cpu_seconds'] for row in rows] == [22., 44., 66.]
+    state = next((tmp_path / 'run').glob('state-*'))
+    assert json.loads((state / 'progress.json').read_text())['cpu_seconds'] == 66.
+    best = json.loads((tmp_path / 'run/best/training.json').read_text())
+    assert best['cpu_seconds'] == 22. * best['epochs']
+
+class Timed(training.Task):
+    "An update takes a second by a clock that is set by hand, and ten of CPU"
+    def __init__(self, patch):
+        self.now = 100.
+        patch.setattr(training, 'perf_counter', lambda: self.now)
+        patch.setattr(training, 'process_time', lambda: 10 * self.now)
+
+    def loss(self, *arguments, **more):
+        self.now += 1
+        return super().loss(*arguments, **more)
+
+def test_time_goes_on(tmp_path, monkeypatch):
+    "A run that is interrupted counts its own time, not the time in between; images by the second"
+    task, images = Timed(monkeypatch), toy_images(kind=Failing)
+    for batches in (9, math.inf): # the second time from update 8
+        images.left = batches
+        try: train(CONFIG, images, toy_images('valid'), tmp_path / 'run', OPTIONS, task)
+        except InterruptedError: task.now += 1000
+    rows = read_metrics(tmp_path / 'run')
+    valid = [row for row in rows if row['split'] == 'valid']
+    assert [row['seconds'] for row in valid] == pytest.approx([6, 12, 18])
+    assert [row['cpu_seconds'] for row in valid] == pytest.approx([60, 120, 180], rel=1e-6)
+    assert {row['images_per_s'] for row in rows if row['split'] == 'train'} == {4.}
+
 def test_batches_must_divide_among_processes(start, tmp_path):
     "Refused in one line by every process"
     reports = [tmp_path / f'report{rank}' for rank in range(2)]
-    processes = [start(tmp_path / 'run', environment=environment, options=replace(OPTIONS, batch_size=3), report=report) for environment, report in zip(ranks(free_port()), reports)]
+    processes = [
+        start(
+            tmp_path / 'run', environment=environment, options=replace(OPTIONS, batch_size=3),
+            report=report,
+        )
+        for environment, report in zip(ranks(free_port()), reports)
+    ]
     assert finish(*processes) == [0, 0]
     for report in reports:
         kinds, message = json.loads(report.read_text())
@@ -369,10 +557,18 @@ def test_malicious_pickles_do_run_code_elsewhere(tmp_path):
     pickle.loads(pickle.dumps(Malicious(tmp_path / 'owned')))
     assert (tmp_path / 'owned').exists()
 
-@pytest.mark.parametrize('write', [lambda thing, file: file.write_bytes(pickle.dumps(thing, protocol=2)), lambda thing, file: torch.save(thing, file)], ids=['pickle', 'torch'])
+@pytest.mark.parametrize(
+    'write',
+    [
+        lambda thing, file: file.write_bytes(pickle.dumps(thing, protocol=2)),
+        lambda thing, file: torch.save(thing, file),
+    ],
+    ids=['pickle', 'torch'],
+)
 @pytest.mark.parametrize('name', ['optimizer.bin', 'pytorch_model.bin', 'random_states_0.pkl'])
 def test_states_run_no_code(name, write, undisturbed, tmp_path):
-    "A state with a malicious pickle and the right checksums is refused in one line; random states are not needed, and so may be ignored"
+    """A state with a malicious pickle and the right checksums is refused in one line; random
+    states are not needed, and so may be ignored"""
     out = tmp_path / 'run'
     state = stopped_run(out)
     if name == 'pytorch_model.bin': (state / 'model.safetensors').unlink()
@@ -386,8 +582,13 @@ def test_states_run_no_code(name, write, undisturbed, tmp_path):
         assert '\n' not in str(caught.value) and state.name in str(caught.value)
     assert not (tmp_path / 'owned').exists()
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'averaged.safetensors', 'optimizer.bin', 'progress.json'])
-@pytest.mark.parametrize('damage', [lambda path: path.write_bytes(path.read_bytes()[:20]), Path.unlink], ids=['cut', 'missing'])
+@pytest.mark.parametrize(
+    'name', ['model.safetensors', 'averaged.safetensors', 'optimizer.bin', 'progress.json']
+)
+@pytest.mark.parametrize(
+    'damage', [lambda path: path.write_bytes(path.read_bytes()[:20]), Path.unlink],
+    ids=['cut', 'missing'],
+)
 def test_damaged_states_are_refused(name, damage, tmp_path):
     "In one line that names the state"
     state = stopped_run(tmp_path / 'run')
@@ -417,25 +618,46 @@ def with_nan(state):
     checkpoints.save_file(weights, state / 'averaged.safetensors')
     signed_again(state)
 
-@pytest.mark.parametrize('damage', [
-    *(lambda state, text=text: (state / 'progress.json').write_text(text) for text in ('{}', '[]', 'null', '7', '"step"', '[' * 5000, '{"step": 8}')),
-    lambda state: other_progress(state, step=12), lambda state: other_progress(state, step='8'), lambda state: other_progress(state, files={}),
-    lambda state: saved_again(state, 'optimizer.bin', lambda held: held['state'].clear()),
-    lambda state: saved_again(state, 'optimizer.bin', lambda held: held['state'].pop(3)),
-    with_nan,
-], ids=['empty', 'list', 'null', 'number', 'text', 'deep', 'without checksums', 'another step', 'step in quotes', 'no checksums', 'no moments', 'fewer moments', 'nan'])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        *(
+            lambda state, text=text: (state / 'progress.json').write_text(text)
+            for text in ('{}', '[]', 'null', '7', '"step"', '[' * 5000, '{"step": 8}')
+        ),
+        lambda state: other_progress(state, step=12), lambda state: other_progress(state, step='8'),
+        lambda state: other_progress(state, files={}),
+        lambda state: saved_again(state, 'optimizer.bin', lambda held: held['state'].clear()),
+        lambda state: saved_again(state, 'optimizer.bin', lambda held: held['state'].pop(3)),
+        with_nan,
+    ],
+    ids=[
+        'empty', 'list', 'null', 'number', 'text', 'deep', 'without checksums', 'another step',
+        'step in quotes', 'no checksums', 'no moments', 'fewer moments', 'nan',
+    ],
+)
 def test_states_that_do_not_belong_together(damage, tmp_path):
-    "Refused before the first write, in one line that names the state; never a run that ends differently"
+    """Refused before the first write, in one line that names the state; never a run that ends
+    differently"""
     out = tmp_path / 'run'
     stopped_run(out)
     damage(next(out.glob('state-*')))
-    before = {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file() and p.name != 'run.lock' and p.parent.name != 'tensorboard'}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in out.rglob('*')
+        if p.is_file() and p.name != 'run.lock' and p.parent.name != 'tensorboard'
+    }
     with pytest.raises(ValueError, match='state-00000008 is damaged') as caught: toy_train(out)
     assert '\n' not in str(caught.value) and len(str(caught.value)) < 500
-    assert {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file() and p.name != 'run.lock' and p.parent.name != 'tensorboard'} == before
+    assert {
+        p: p.stat().st_mtime_ns
+        for p in out.rglob('*')
+        if p.is_file() and p.name != 'run.lock' and p.parent.name != 'tensorboard'
+    } == before
 
 def test_two_runs_in_one_folder(start, undisturbed, tmp_path):
-    "The second is refused in one line while the first is at work, loses it nothing, and may go on after it has been killed"
+    """The second is refused in one line while the first is at work, loses it nothing, and may go
+    on after it has been killed"""
     out, report = tmp_path / 'run', tmp_path / 'report'
     first = start(out, slow_to_make=3)
     until = time.monotonic() + 60
@@ -453,8 +675,16 @@ def test_two_runs_in_one_folder(start, undisturbed, tmp_path):
     toy_train(tmp_path / 'killed')
     assert_same(tmp_path / 'killed', undisturbed)
 
-@pytest.mark.parametrize('text', ['[]', 'null', '3', '{}', '{"config": 1, "options": 2, "data": 3}', '{"config": {}, "options": {"seed": null}, "data": []}', '[' * 5000,
-                                  '{"config": {}, "options": {}, "data": {}, "segments": 5}', '{"config": {}, "options": {}, "data": {}, "segments": [5]}'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[]', 'null', '3', '{}', '{"config": 1, "options": 2, "data": 3}',
+        '{"config": {}, "options": {"seed": null}, "data": []}',
+        '[' * 5000,
+        '{"config": {}, "options": {}, "data": {}, "segments": 5}',
+        '{"config": {}, "options": {}, "data": {}, "segments": [5]}',
+    ],
+)
 def test_run_json_of_another_shape(text, tmp_path):
     "Valid JSON that is not a run's, in one line that names the file"
     out = tmp_path / 'run'
@@ -473,13 +703,16 @@ def test_best_that_is_no_folder_of_weights(undisturbed, tmp_path):
         else:
             (out / name).unlink()
             (out / name).mkdir()
-        with pytest.raises(ValueError, match='best is not a folder of weights'): toy_train(out, replace(OPTIONS, epochs=4))
+        with pytest.raises(ValueError, match='best is not a folder of weights'):
+            toy_train(out, replace(OPTIONS, epochs=4))
 
 def test_metrics_of_another_shape(tmp_path):
     "Lines that are no metrics are left out"
     (tmp_path / 'metrics.jsonl').write_bytes(b'{"step": 3}\n\xff\xfe{"step": 4}\n')
     assert read_metrics(tmp_path) == [{'step': 3}]
-    (tmp_path / 'metrics.jsonl').write_text('[]\n3\nnull\n{}\n{"step": "1"}\n{"step": 1}\n{"step": 2')
+    (tmp_path / 'metrics.jsonl').write_text(
+        '[]\n3\nnull\n{}\n{"step": "1"}\n{"step": 1}\n{"step": 2'
+    )
     assert read_metrics(tmp_path) == [{'step': 1}]
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.safetensors'])
@@ -491,7 +724,9 @@ def test_weights_run_no_code(name, tmp_path):
     torch.save(Malicious(tmp_path / 'owned'), folder / name)
     with pytest.raises(ValueError) as caught: DRAW.from_pretrained(folder)
     assert '\n' not in str(caught.value)
-    with pytest.raises(ValueError, match='pickle'): DRAW._load_as_pickle(DRAW(CONFIG), str(folder / name), 'cpu', True) # where the Hub's loader would go
+    # where the Hub's loader would go
+    with pytest.raises(ValueError, match='pickle'):
+        DRAW._load_as_pickle(DRAW(CONFIG), str(folder / name), 'cpu', True)
     assert not (tmp_path / 'owned').exists()
 
 
@@ -508,71 +743,116 @@ def test_growth_goes_on_inside_every_stage(tmp_path):
     assert_same(tmp_path / 'run', tmp_path / 'whole')
     rows = read_metrics(tmp_path / 'run')
     assert [row['glimpses'] for row in rows if row['split'] == 'valid'] == [1, 2, 3]
-    assert [row['glimpses'] for row in rows if row['split'] == 'train'] == 6 * [1] + 6 * [2] + 6 * [3]
+    assert [row['glimpses'] for row in rows if row['split'] == 'train'] == 6 * [1] + 6 * [2] + 6 * [
+        3
+    ]
 
 def test_validation_of_a_stage(tmp_path):
-    "While the number of steps grows, averaged weights are validated with the steps of their stage, on as many images as asked for"
+    """While the number of steps grows, averaged weights are validated with the steps of their
+    stage, on as many images as asked for"""
     options = replace(OPTIONS, growth=((1, 2),), valid_images=5)
     with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', options, batches=6)
     model = DRAW(CONFIG)
-    averaged = {key.removeprefix('module.'): value for key, value in load_file(tmp_path / 'run/state-00000006/averaged.safetensors').items() if key != 'n_averaged'}
+    averaged = {
+        key.removeprefix('module.'): value
+        for key, value in load_file(tmp_path / 'run/state-00000006/averaged.safetensors').items()
+        if key != 'n_averaged'
+    }
     model.load_state_dict(averaged)
     best = load_file(tmp_path / 'run/best/model.safetensors')
-    assert all(torch.equal(best[key], averaged[key]) for key in averaged) # these are kept, not the weights that go on learning
+    # these are kept, not the weights that go on learning
+    assert all(torch.equal(best[key], averaged[key]) for key in averaged)
     row = next(row for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid')
-    here, full = (evaluate(model, toy_images('valid'), glimpses=glimpses, limit=5).bound for glimpses in (1, 3))
-    assert math.isclose(row['bound'], here, rel_tol=1e-6) and not math.isclose(here, full, rel_tol=1e-3)
+    here, full = (
+        evaluate(model, toy_images('valid'), glimpses=glimpses, limit=5).bound
+        for glimpses in (1, 3)
+    )
+    assert math.isclose(row['bound'], here, rel_tol=1e-6) and not math.isclose(
+        here, full, rel_tol=1e-3
+    )
 
 def test_best_weights_are_those_of_the_last_stage(tmp_path):
-    "Bounds of different numbers of steps are not compared: the best of the last stage is kept, even if an earlier stage was lower"
+    """Bounds of different numbers of steps are not compared: the best of the last stage is kept,
+    even if an earlier stage was lower"""
     class Scripted(training.Task):
         def validate(self, model, data, glimpses, limit):
             return super().validate(model, data, glimpses, limit) | {'bound': next(scores)}
     for kept, scores in ((3, (5, 9, 7, 8)), (4, (5, 9, 9, 7)), (2, (5, 7, 8, 9))):
         scores, out = iter(scores), tmp_path / str(kept)
-        train(CONFIG, toy_images(), toy_images('valid'), out, replace(OPTIONS, epochs=4, growth=((1, 1),)), Scripted())
+        train(
+            CONFIG, toy_images(), toy_images('valid'), out,
+            replace(OPTIONS, epochs=4, growth=((1, 1),)), Scripted(),
+        )
         assert json.loads((out / 'best/training.json').read_text())['epochs'] == kept
 
 MUON = replace(OPTIONS, optimizer='muon', decay=0.5, clip_norm=None)
 
 def test_muon_goes_on(start, tmp_path):
-    "Killed again and again, a run with two optimisers ends with the same weights and averages, bit for bit; and it is not a run with Adam"
+    """Killed again and again, a run with two optimisers ends with the same weights and averages,
+    bit for bit; and it is not a run with Adam"""
     out = tmp_path / 'run'
     toy_train(tmp_path / 'whole', MUON)
-    for die_at in (30, 45, 60): assert finish(start(out, options=MUON, die_at=die_at)) == [-signal.SIGKILL]
+    for die_at in (30, 45, 60):
+        assert finish(start(out, options=MUON, die_at=die_at)) == [-signal.SIGKILL]
     assert 0 < updates_saved(out) < LAST
     assert finish(start(out, options=MUON)) == [0]
     assert_same(out, tmp_path / 'whole')
-    shapes = [[tuple(v.shape) for v in torch.load(file, weights_only=True)['state'][0].values()] for file in sorted(out.glob('state-*/optimizer*.bin'))]
-    assert shapes == [[(), (2, 5, 7), (2, 5, 7)], [(32, 8 * 2 * 4 // 2 // 2 + 16)]] # Adam has c_0 first, Muon the encoder's gates
-    with pytest.raises(ValueError, match='options.optimizer muon there, adam here'): toy_train(out, replace(MUON, optimizer='adam'))
+    shapes = [
+        [tuple(v.shape) for v in torch.load(file, weights_only=True)['state'][0].values()]
+        for file in sorted(out.glob('state-*/optimizer*.bin'))
+    ]
+    # Adam has c_0 first, Muon the encoder's gates
+    assert shapes == [[(), (2, 5, 7), (2, 5, 7)], [(32, 8 * 2 * 4 // 2 // 2 + 16)]]
+    with pytest.raises(ValueError, match='options.optimizer muon there, adam here'):
+        toy_train(out, replace(MUON, optimizer='adam'))
 
 def test_muon_in_two_processes(start, tmp_path):
-    "Two processes that are killed and go on do what they would have done undisturbed, and what one process does"
+    """Two processes that are killed and go on do what they would have done undisturbed, and what
+    one process does"""
     whole, out = tmp_path / 'whole', tmp_path / 'run'
-    assert finish(*(start(whole, options=MUON, environment=environment) for environment in ranks(free_port()))) == [0, 0]
-    first, second = [start(out, options=MUON, environment=environment, die_at=None if rank else 45) for rank, environment in enumerate(ranks(free_port()))]
+    assert finish(
+        *(start(whole, options=MUON, environment=environment) for environment in ranks(free_port()))
+    ) == [0, 0]
+    first, second = [
+        start(out, options=MUON, environment=environment, die_at=None if rank else 45)
+        for rank, environment in enumerate(ranks(free_port()))
+    ]
     finish(first)
     second.terminate()
     finish(second)
     assert 0 < updates_saved(out) < LAST
-    assert finish(*(start(out, options=MUON, environment=environment) for environment in ranks(free_port()))) == [0, 0]
+    assert finish(
+        *(start(out, options=MUON, environment=environment) for environment in ranks(free_port()))
+    ) == [0, 0]
     assert_same(out, whole)
     toy_train(tmp_path / 'one', MUON)
-    a, b = (load_file(next(folder.glob('state-*')) / 'model.safetensors') for folder in (whole, tmp_path / 'one'))
-    for name in b: torch.testing.assert_close(a[name], b[name], rtol=0.05, atol=3e-3) # rounding to bfloat16 makes a little of nothing
+    a, b = (
+        load_file(next(folder.glob('state-*')) / 'model.safetensors')
+        for folder in (whole, tmp_path / 'one')
+    )
+    # rounding to bfloat16 makes a little of nothing
+    for name in b: torch.testing.assert_close(a[name], b[name], rtol=0.05, atol=3e-3)
 
 def test_two_steps_by_hand(tmp_path):
-    "The loop's own part of two updates against Adam and Muon written out: rate, clipping, both optimisers, the average"
-    options = replace(OPTIONS, epochs=1, rate_warmup=3, kl_warmup=2, clip_norm=0.5, average=0.9, save_every=1, decay=0.5)
+    """The loop's own part of two updates against Adam and Muon written out: seed, rate, clipping,
+    both optimisers, the average, and what is logged of a batch"""
+    options = replace(
+        OPTIONS, epochs=1, rate_warmup=3, kl_warmup=2, clip_norm=0.5, average=0.9, save_every=1,
+        decay=0.5, seed=5,
+    )
     for name in ('adam', 'muon'):
-        with pytest.raises(InterruptedError): toy_train(tmp_path / name, replace(options, optimizer=name), batches=2)
+        with pytest.raises(InterruptedError):
+            toy_train(tmp_path / name, replace(options, optimizer=name), batches=2)
         torch.manual_seed(options.seed)
         model = DRAW(CONFIG).start_from(toy_images().mean())
-        first, average, moments = {k: v.detach().clone() for k, v in model.named_parameters()}, {}, {}
-        order = torch.randperm(24, generator=training.generator_for(0, 0, 0))
-        for step in range(2):
-            random = training.generator_for(0, 1, step)
+        first, average, moments = (
+            {k: v.detach().clone() for k, v in model.named_parameters()}, {}, {},
+        )
+        order = torch.randperm(24, generator=training.generator_for(5, 0, 0))
+        rows = read_metrics(tmp_path / name)
+        assert len(rows) == 2
+        for step, row in enumerate(rows):
+            random = training.generator_for(5, 1, step)
             images = toy_images().batch(order[4 * step:4 * step + 4], random)
             parts = training.bound(model(images, torch.randn(3, 4, 3, generator=random)), images)
             model.zero_grad()
@@ -580,45 +860,87 @@ def test_two_steps_by_hand(tmp_path):
             length = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
             assert length > 0.5
             lr = 0.01 * (1 / 3, 2 / 3)[step]
+            logged = dict(
+                step=step + 1, epoch=0, glimpses=3, bound=parts.total.mean().item(),
+                reconstruction=parts.reconstruction.mean().item(),
+                latent=parts.latent.mean().item(), kl_weight=(0.5, 1)[step],
+                gradient_norm=length.item(), learning_rate=lr,
+            )
+            assert {key: row[key] for key in logged} == pytest.approx(logged, rel=1e-3)
             for key, p in model.named_parameters():
-                g, stacked = p.grad * (0.5 / length), {'encoder.gates.weight': 4, 'decoder.gates.weight': 4, 'posterior.weight': 2}.get(key)
+                g, stacked = p.grad * (0.5 / length), {
+                    'encoder.gates.weight': 4, 'decoder.gates.weight': 4, 'posterior.weight': 2,
+                }.get(key)
                 if name == 'muon' and stacked:
                     m = moments[key] = 0.95 * moments.get(key, 0) + 0.05 * g
-                    change = torch.cat([0.2 * max(part.shape)**0.5 * orthogonalize(part[None])[0] for part in (0.05 * g + 0.95 * m).chunk(stacked)])
+                    change = torch.cat(
+                        [
+                            0.2 * max(part.shape) ** 0.5 * orthogonalize(part[None])[0]
+                            for part in (0.05 * g + 0.95 * m).chunk(stacked)
+                        ]
+                    )
                 else:
                     m, v = moments.get(key, (0, 0))
                     m, v = moments[key] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-                    change = m / (1 - 0.9**(step + 1)) / ((v / (1 - 0.999**(step + 1))).sqrt() + 1e-8)
+                    change = (
+                        m
+                        / (1 - 0.9 ** (step + 1))
+                        / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                    )
                 with torch.no_grad(): p -= lr * change
-                average[key] = p.detach().clone() if step == 0 else average[key] + (1 - 2 / 11) * (p.detach() - average[key])
-        saved, averaged = (load_file(tmp_path / name / f'state-00000002/{file}.safetensors') for file in ('model', 'averaged'))
+                average[key] = (
+                    p.detach().clone()
+                    if step == 0
+                    else average[key] + (1 - 2 / 11) * (p.detach() - average[key])
+                )
+        saved, averaged = (
+            load_file(tmp_path / name / f'state-00000002/{file}.safetensors')
+            for file in ('model', 'averaged')
+        )
         for key in first:
             torch.testing.assert_close(saved[key], model.state_dict()[key], rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(averaged[f'module.{key}'], average[key], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                averaged[f'module.{key}'], average[key], rtol=1e-3, atol=1e-5
+            )
             assert (saved[key] - first[key]).abs().max() > 1e-3, key
 
 def test_segments(tmp_path):
-    "What a run was made with: one segment where nothing changes, another from the update on where something does; what left no update is not kept"
+    """What a run was made with: one segment where nothing changes, another from the update on
+    where something does; what left no update is not kept"""
     def segments(): return json.loads((tmp_path / 'run/run.json').read_text())['segments']
     with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', batches=9)
     with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', batches=2)
-    assert [(s['from_step'], s['epochs'], s['precision'], s['processes']) for s in segments()] == [(0, 3, 'no', 1)]
+    assert [(s['from_step'], s['epochs'], s['precision'], s['processes']) for s in segments()] == [
+        (0, 3, 'no', 1)
+    ]
     toy_train(tmp_path / 'run', replace(OPTIONS, epochs=4))
     assert [(s['from_step'], s['epochs']) for s in segments()] == [(0, 3), (8, 4)]
-    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', replace(OPTIONS, epochs=6), batches=3)
+    with pytest.raises(InterruptedError):
+        toy_train(tmp_path / 'run', replace(OPTIONS, epochs=6), batches=3)
     assert [(s['from_step'], s['epochs']) for s in segments()] == [(0, 3), (8, 4), (24, 6)]
-    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', replace(OPTIONS, epochs=7), batches=0)
-    assert [(s['from_step'], s['epochs']) for s in segments()] == [(0, 3), (8, 4), (24, 7)] # six epochs left no saved update
-    assert json.loads((tmp_path / 'run/best/training.json').read_text())['segments'][:2] == segments()[:2]
-    rates = [row['learning_rate'] for row in read_metrics(tmp_path / 'run') if row['split'] == 'train']
-    assert rates[8] == training.learning_rate(OPTIONS, 8, 24) and rates[7] == training.learning_rate(OPTIONS, 7, 18) # as the optimiser had them
+    with pytest.raises(InterruptedError):
+        toy_train(tmp_path / 'run', replace(OPTIONS, epochs=7), batches=0)
+    # six epochs left no saved update
+    assert [(s['from_step'], s['epochs']) for s in segments()] == [(0, 3), (8, 4), (24, 7)]
+    assert (
+        json.loads((tmp_path / 'run/best/training.json').read_text())['segments'][:2]
+        == segments()[:2]
+    )
+    rates = [
+        row['learning_rate'] for row in read_metrics(tmp_path / 'run') if row['split'] == 'train'
+    ]
+    # as the optimiser had them
+    assert rates[8] == training.learning_rate(OPTIONS, 8, 24) and rates[
+        7
+    ] == training.learning_rate(OPTIONS, 7, 18)
 
 def test_runs_of_before_the_segments(tmp_path):
     "A run.json without segments, and without options that are younger than it, goes on"
     with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', batches=9)
     file = tmp_path / 'run/run.json'
     run = json.loads(file.read_text())
-    del run['segments'], run['options']['optimizer'], run['options']['decay'], run['options']['every_glimpse']
+    del run['segments']
+    for name in ('optimizer', 'decay', 'every_glimpse'): del run['options'][name]
     file.write_text(json.dumps(run))
     toy_train(tmp_path / 'run')
     toy_train(tmp_path / 'whole')
@@ -626,8 +948,10 @@ def test_runs_of_before_the_segments(tmp_path):
     assert [s['from_step'] for s in json.loads(file.read_text())['segments']] == [0, 8]
 
 def test_no_clipping(tmp_path):
-    "Without a limit the gradient is left as it is; with a small one Adam's first update is the same, as it has no length, and the later ones are not"
-    for name, limit in (('none', None), ('large', 1e6), ('small', 1e-3)): toy_train(tmp_path / name, replace(OPTIONS, clip_norm=limit))
+    """Without a limit the gradient is left as it is; with a small one Adam's first update is the
+    same, as it has no length, and the later ones are not"""
+    for name, limit in (('none', None), ('large', 1e6), ('small', 1e-3)):
+        toy_train(tmp_path / name, replace(OPTIONS, clip_norm=limit))
     assert_same(tmp_path / 'none', tmp_path / 'large')
     assert outcome(tmp_path / 'small')['weights'] != outcome(tmp_path / 'none')['weights']
 
@@ -664,15 +988,21 @@ def test_more_epochs(tmp_path, undisturbed):
     assert json.loads((tmp_path / 'run/run.json').read_text())['options']['epochs'] == 5
 
 def test_packaged_weights_go_on(tmp_path, undisturbed, monkeypatch):
-    "tools/unpack.py makes a run of packaged weights, which goes on after their epoch with more epochs"
+    """tools/unpack.py makes a run of packaged weights, which goes on after their epoch with more
+    epochs"""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / 'tools')
     import unpack
     monkeypatch.setattr(unpack, 'PRETRAINED', tmp_path / 'pretrained')
     packaged = shutil.copytree(undisturbed / 'best', tmp_path / 'pretrained/toy')
     history = json.loads((packaged / 'training.json').read_text())
-    (packaged / 'training.json').write_text(json.dumps({**history, 'half_precision': {'used': False}}))
+    (packaged / 'training.json').write_text(
+        json.dumps({**history, 'half_precision': {'used': False}})
+    )
     shutil.copy(undisturbed / 'metrics.jsonl', packaged)
-    monkeypatch.setattr(unpack.DRAW, 'from_pretrained', partial(lambda load, name: load(packaged), DRAW.from_pretrained))
+    monkeypatch.setattr(
+        unpack.DRAW, 'from_pretrained',
+        partial(lambda load, name: load(packaged), DRAW.from_pretrained),
+    )
 
     unpack.unpack('toy', tmp_path / 'run')
     unpacked, weights = outcome(tmp_path / 'run'), load_file(packaged / 'model.safetensors')
@@ -685,39 +1015,65 @@ def test_packaged_weights_go_on(tmp_path, undisturbed, monkeypatch):
     toy_train(tmp_path / 'run', replace(OPTIONS, epochs=5))
     rows = read_metrics(tmp_path / 'run')
     assert [row['step'] for row in rows if row['split'] == 'train'] == list(range(1, 31))
-    assert [timeless(row) for row in rows if row['epoch'] < history['epochs']] == [row for row in outcome(undisturbed)['metrics'] if row['epoch'] < history['epochs']]
+    assert [timeless(row) for row in rows if row['epoch'] < history['epochs']] == [
+        row for row in outcome(undisturbed)['metrics'] if row['epoch'] < history['epochs']
+    ]
     assert json.loads((tmp_path / 'run/run.json').read_text())['options']['epochs'] == 5
 
 def test_best_weights_are_those_of_the_best_bound(tmp_path):
-    "Validation images that look otherwise get worse while the training images are learned: the first epoch is kept"
+    """Validation images that look otherwise get worse while the training images are learned: the
+    first epoch is kept"""
     pixels = torch.zeros(8, 2, 5, 7, dtype=torch.uint8)
     pixels[..., ::2] = 1
     valid_set = Images(pixels, 'toy', 'valid', levels=1)
-    model = train(CONFIG, toy_images(), valid_set, tmp_path / 'run', replace(OPTIONS, learning_rate=0.05, average=0.))
+    model = train(
+        CONFIG, toy_images(), valid_set, tmp_path / 'run',
+        replace(OPTIONS, learning_rate=0.05, average=0.0),
+    )
     bounds = [row['bound'] for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid']
     assert min(bounds) < bounds[-1]
     assert math.isclose(evaluate(model, valid_set).bound, min(bounds), rel_tol=1e-6)
 
-@pytest.mark.parametrize('different, named', [
-    (partial(toy_train, options=replace(OPTIONS, learning_rate=0.02)), 'options.learning_rate 0.01 there, 0.02 here'),
-    (partial(toy_train, options=replace(OPTIONS, seed=1)), 'options.seed 0 there, 1 here'),
-    (partial(toy_train, options=replace(OPTIONS, growth=((1, 1),))), 'options.growth'),
-    (partial(toy_train, options=replace(OPTIONS, epochs=2)), 'at least as many as before, 3'),
-    (partial(toy_train, config=replace(CONFIG, hidden_size=9)), 'config.hidden_size 8 there, 9 here'),
-    (lambda out: train(CONFIG, toy_images('valid'), toy_images('valid'), out, OPTIONS), 'data.train'),
-    (lambda out: train(CONFIG, toy_images(), toy_images(), out, OPTIONS), 'data.valid'),
-], ids=['rate', 'seed', 'growth', 'fewer epochs', 'network', 'training images', 'validation images'])
+@pytest.mark.parametrize(
+    'different, named',
+    [
+        (
+            partial(toy_train, options=replace(OPTIONS, learning_rate=0.02)),
+            'options.learning_rate 0.01 there, 0.02 here',
+        ),
+        (partial(toy_train, options=replace(OPTIONS, seed=1)), 'options.seed 0 there, 1 here'),
+        (partial(toy_train, options=replace(OPTIONS, growth=((1, 1),))), 'options.growth'),
+        (partial(toy_train, options=replace(OPTIONS, epochs=2)), 'at least as many as before, 3'),
+        (
+            partial(toy_train, config=replace(CONFIG, hidden_size=9)),
+            'config.hidden_size 8 there, 9 here',
+        ),
+        (
+            lambda out: train(CONFIG, toy_images('valid'), toy_images('valid'), out, OPTIONS),
+            'data.train',
+        ),
+        (lambda out: train(CONFIG, toy_images(), toy_images(), out, OPTIONS), 'data.valid'),
+    ],
+    ids=[
+        'rate', 'seed', 'growth', 'fewer epochs', 'network', 'training images', 'validation images',
+    ],
+)
 def test_other_settings_are_refused(different, named, undisturbed, tmp_path):
     "In one line that names what differs, without touching the run"
     shutil.copytree(undisturbed, tmp_path / 'run')
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')}
     with pytest.raises(ValueError) as caught: different(tmp_path / 'run')
-    assert named in str(caught.value) and '--out' in str(caught.value) and '\n' not in str(caught.value)
+    assert (
+        named in str(caught.value)
+        and '--out' in str(caught.value)
+        and '\n' not in str(caught.value)
+    )
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / 'run').rglob('*')} == before
 
 def test_a_run_that_left_nothing_is_no_obstacle(tmp_path):
     "Options that failed before the first state can be put right in the same folder"
-    with pytest.raises(InterruptedError): toy_train(tmp_path / 'run', replace(OPTIONS, learning_rate=0.5), batches=2)
+    with pytest.raises(InterruptedError):
+        toy_train(tmp_path / 'run', replace(OPTIONS, learning_rate=0.5), batches=2)
     toy_train(tmp_path / 'run')
     toy_train(tmp_path / 'whole')
     assert_same(tmp_path / 'run', tmp_path / 'whole')
@@ -730,18 +1086,27 @@ def test_folders_that_are_no_runs_are_left_alone(tmp_path):
     for name in ('letters', 'file', 'damaged'):
         with pytest.raises(ValueError, match='--out') as caught: toy_train(tmp_path / name)
         assert '\n' not in str(caught.value)
-    assert (tmp_path / 'letters/dear.txt').read_text() == 'Dear' and len(list((tmp_path / 'letters').iterdir())) == 1
+    assert (tmp_path / 'letters/dear.txt').read_text() == 'Dear' and len(
+        list((tmp_path / 'letters').iterdir())
+    ) == 1
 
 
 # ---- precision, curves, learning
 
 def test_bfloat16(start, undisturbed, tmp_path):
-    "The first updates in mixed precision are finite and close to those in float32; a process of its own, since Accelerate allows one precision in each"
+    """The first updates in mixed precision are finite and close to those in float32; a process
+    of its own, since Accelerate allows one precision in each"""
     out = tmp_path / 'run'
     assert finish(start(out, options=replace(OPTIONS, precision='bf16', epochs=1))) == [0]
     half, full = ([row['bound'] for row in read_metrics(folder)] for folder in (out, undisturbed))
-    assert all(map(math.isfinite, half)) and math.isclose(half[0], full[0], rel_tol=0.01) and half[0] != full[0]
-    assert all(value.dtype == torch.float32 for value in load_file(out / 'best/model.safetensors').values())
+    assert (
+        all(map(math.isfinite, half))
+        and math.isclose(half[0], full[0], rel_tol=0.01)
+        and half[0] != full[0]
+    )
+    assert all(
+        value.dtype == torch.float32 for value in load_file(out / 'best/model.safetensors').values()
+    )
 
 def test_tensorboard_has_every_point(undisturbed):
     "The curves are complete when the process has ended"
@@ -751,13 +1116,27 @@ def test_tensorboard_has_every_point(undisturbed):
     assert [point.step for point in events.Scalars('valid/bound')] == [6, 12, 18]
 
 def test_learning(tmp_path):
-    "Two images, each seen many times: the network learns to tell them apart, and no bound falls below the log 2 that this takes"
+    """Two images, each seen many times: the network learns to tell them apart, and no bound
+    falls below the log 2 that this takes"""
     pair = torch.rand(2, 2, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.5
-    images = [Images(pair.repeat(count, 1, 1, 1).to(torch.uint8), 'pair', split, levels=1) for split, count in (('train', 400), ('valid', 50))]
-    options = replace(OPTIONS, epochs=3, batch_size=8, log_every=50, save_every=1000, learning_rate=0.03, kl_warmup=50, average=0.9)
+    images = [
+        Images(pair.repeat(count, 1, 1, 1).to(torch.uint8), 'pair', split, levels=1)
+        for split, count in (('train', 400), ('valid', 50))
+    ]
+    options = replace(
+        OPTIONS, epochs=3, batch_size=8, log_every=50, save_every=1000, learning_rate=0.03,
+        kl_warmup=50, average=0.9,
+    )
     train(replace(CONFIG, hidden_size=16, latent_size=2), *images, tmp_path / 'run', options)
     bounds = [row['bound'] for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid']
-    assert math.log(2) < bounds[-1] < 4 < 20 < sum(p[0] != p[1] for p in pair.flatten(1).T) * math.log(2) # without latents, each pixel that differs costs log 2
+    # without latents, each pixel that differs costs log 2
+    assert (
+        math.log(2)
+        < bounds[-1]
+        < 4
+        < 20
+        < sum(p[0] != p[1] for p in pair.flatten(1).T) * math.log(2)
+    )
 
 
 if __name__ == '__main__':

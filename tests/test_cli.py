@@ -1,0 +1,260 @@
+"""The command line: no option is parsed and then ignored, and numbers come in the units they name
+
+Spies stand in place of the functions behind the verbs. The options of training are in
+test_tools.py."""
+import inspect, json, shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from draw_nbdev import benchmark, classifier, cli, data_sets, evaluation, reproduce
+from draw_nbdev.classifier import Classification, DifferentiableRAM, RAMConfig, glimpse_grid
+from draw_nbdev.digits import LabelledImages
+from draw_nbdev.evaluation import Evaluation
+from draw_nbdev.model import DRAW, DRAWConfig
+from draw_nbdev.plots import image_grid, sequence_grid
+
+SIZES = DRAWConfig(height=6, width=9, glimpses=4, hidden_size=8, latent_size=2, read_size=1,
+                   write_size=2)
+BOUND = Evaluation(data='here', split='test', note='made up', images=1234, glimpses=4, seeds=2,
+                   bound=90.125, bound_se=0.25, bound_spread=0.0625, reconstruction=70.0625,
+                   latent=20.0625, kl_per_step=[1.], iw_samples=5, iw_bound=88.5, iw_bound_se=0.375)
+ERROR = Classification(data='here', split='test', note='made up', images=1234, glimpses=4,
+                       error=0.125, error_se=0.0225, cross_entropy=0.25)
+
+class Spy:
+    "Stands in place of a function: keeps the arguments by their names, and gives an answer"
+    def __init__(self, function, answer):
+        self.signature, self.answer, self.calls = inspect.signature(function), answer, []
+
+    def __call__(self, *arguments, **more):
+        given = self.signature.bind(*arguments, **more)
+        given.apply_defaults()
+        self.calls.append(dict(given.arguments))
+        return self.answer(self.calls[-1]) if callable(self.answer) else self.answer
+
+@pytest.fixture
+def spy(monkeypatch):
+    "`spy(module, name, answer)` puts a spy into a module"
+    def put(module, name, answer=None):
+        found = Spy(getattr(module, name), answer)
+        monkeypatch.setattr(module, name, found)
+        return found
+    return put
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    "The working folder, with the weights of a DRAW network in `draw` and of a classifier in `ram`"
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = DRAW(SIZES)
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(std=0.5)
+    model.save_pretrained(tmp_path / 'draw')
+    DifferentiableRAM(RAMConfig(glimpses=2, hidden_size=8)).save_pretrained(tmp_path / 'ram')
+    return tmp_path
+
+def draw(line): cli.app(shlex.split(line), standalone_mode=False)
+
+def small_set(split, shape=(1, 6, 9)):
+    "Eight images, others for every split"
+    random = torch.Generator().manual_seed(len(split))
+    return LabelledImages(torch.rand(8, *shape, generator=random), torch.arange(8), 'here', split)
+
+
+# ---- draw evaluate
+
+@pytest.mark.parametrize('changes', [{}, dict(seeds=3), dict(samples=5), dict(limit=6),
+                                     dict(glimpses=2)], ids=str)
+def test_options_of_an_evaluation(changes, weights, spy):
+    "Every option of the bound, alone"
+    spy(data_sets, 'find', lambda given: small_set(given['split']))
+    seen = spy(evaluation, 'evaluate', BOUND)
+    draw('evaluate draw --data mnist ' + ' '.join(f'--{k} {v}' for k, v in changes.items()))
+    given, = seen.calls
+    usual = dict(glimpses=None, seeds=1, samples=None, limit=None)
+    assert {key: given[key] for key in usual} == usual | changes
+    assert given['data'].split == 'valid' and given['model'].config == SIZES
+
+@pytest.mark.parametrize('changes', [{}, dict(limit=6), dict(glimpses=3)], ids=str)
+def test_options_of_a_classification(changes, weights, spy):
+    "The same for a classifier"
+    spy(data_sets, 'find', lambda given: small_set(given['split']))
+    seen = spy(classifier, 'classification_error', ERROR)
+    draw('evaluate ram --split test ' + ' '.join(f'--{k} {v}' for k, v in changes.items()))
+    given, = seen.calls
+    usual = dict(glimpses=None, limit=None)
+    assert {key: given[key] for key in usual} == usual | changes and given['data'].split == 'test'
+
+@pytest.mark.parametrize('options, expected', [
+    ('--data mnist_once', ('mnist_once', 'valid', None)),
+    ('--data mnist_once --split test', ('mnist_once', 'test', None)),
+    ('--images mine --split train', ('mine', 'train', None)),
+    ('--images mine --size 5', ('mine', 'valid', 5)),
+    ('', ('mnist', 'valid', None)),
+])
+def test_images_of_an_evaluation(options, expected, weights, spy):
+    "Which set is asked for, which part of it, and in which size"
+    (weights / 'mine').mkdir()
+    spy(evaluation, 'evaluate', BOUND)
+    seen = spy(data_sets, 'find', lambda given: small_set(given['split']))
+    draw(f'evaluate draw {options}')
+    given, = seen.calls
+    assert (str(given['data']), given['split'], given['size']) == expected
+
+def test_numbers_of_an_evaluation(weights, spy, capsys):
+    "Nats as they are, shares in per cent; the file holds what was computed"
+    spy(data_sets, 'find', lambda given: small_set(given['split']))
+    spy(evaluation, 'evaluate', BOUND)
+    spy(classifier, 'classification_error', ERROR)
+    draw('evaluate draw --data mnist --out numbers')
+    said = capsys.readouterr().out
+    for text in ('1,234 images, T = 4: made up', '90.12 ± 0.25 nats', 'over 2 seeds 0.062',
+                 '70.06 nats', '20.06 nats', '88.50 ± 0.38 nats'): assert text in said, said
+    held = json.loads((weights / 'numbers/evaluation.json').read_text())
+    assert held == {'model': 'draw', **asdict(BOUND)}
+    draw('evaluate ram')
+    said = capsys.readouterr().out
+    for text in ('12.50 ± 2.25 %', '0.250 nats per image'): assert text in said, said
+
+
+# ---- draw generate
+
+def pixels(file): return np.asarray(Image.open(file).convert('RGB'))
+
+@pytest.mark.parametrize('options, count, glimpses, seed', [
+    ('', 64, 4, 0), ('--count 5', 5, 4, 0), ('--count 5 --glimpses 2', 5, 2, 0),
+    ('--count 5 --seed 7', 5, 4, 7)])
+def test_options_of_drawing(options, count, glimpses, seed, weights):
+    "The pictures are those that the network draws from this seed, in so many steps"
+    draw(f'generate draw --out pictures {options}')
+    model, random = DRAW.from_pretrained(weights / 'draw'), torch.Generator().manual_seed(seed)
+    drawing = model.generate(count, glimpses, random)
+    expected = image_grid(drawing.canvases[-1].sigmoid(), zoom=2)
+    assert np.array_equal(pixels(weights / 'pictures/samples.png'), np.asarray(expected))
+    few = drawing.first(8)
+    expected = sequence_grid(few.canvases, few.windows, SIZES.write_size)
+    assert np.array_equal(pixels(weights / 'pictures/sequence.png'), np.asarray(expected))
+    held = json.loads((weights / 'pictures/generate.json').read_text())
+    assert held == {'model': 'draw', 'count': count, 'glimpses': glimpses, 'seed': seed}
+
+
+# ---- draw reproduce, draw benchmark
+
+@pytest.mark.parametrize('options, expected', [
+    ('', ('reproduction', 'smoke', 0)), ('--scale paper', ('reproduction', 'paper', 0)),
+    ('--seed 3', ('reproduction', 'smoke', 3)), ('--out there', ('there', 'smoke', 0))])
+def test_options_of_the_reproduction(options, expected, spy):
+    seen = spy(reproduce, 'reproduce', Path('index.html'))
+    draw(f'reproduce {options}')
+    given, = seen.calls
+    assert (str(given['out']), given['scale'], given['seed']) == expected
+    assert given['names'] == tuple(reproduce.EXPERIMENTS)
+
+@pytest.mark.parametrize('options, changes', [
+    ('', {}), ('--preset svhn --preset cifar10', dict(presets=('svhn', 'cifar10'))),
+    ('--batch 7 --batch 9', dict(batches=(7, 9))), ('--glimpses 3', dict(glimpses=(3,))),
+    ('--attention', dict(attention=(True,))), ('--no-attention', dict(attention=(False,))),
+    ('--side 14 --side 42', dict(sides=(14, 42))), ('--seconds 1.5', dict(seconds=1.5))])
+def test_options_of_the_benchmark(options, changes, spy):
+    seen = spy(benchmark, 'benchmark', [])
+    draw(f'benchmark {options}')
+    given, = seen.calls
+    usual = dict(presets=('mnist',), batches=(100, 256), glimpses=(16, 32, 64),
+                 attention=(True, False), sides=(None,), seconds=20.)
+    assert given == usual | changes
+
+def test_table_of_the_benchmark(spy, tmp_path, capsys):
+    "Rounded where it is shown, exact in the file"
+    rows = [dict(scan='fused', images_per_s=123.456, floor_share=0.5678, peak_mb=876.54)]
+    spy(benchmark, 'benchmark', rows)
+    draw(f'benchmark --json {tmp_path}/rows.json')
+    said = capsys.readouterr().out
+    assert said.split() == ['scan', 'images_per_s', 'floor_share', 'peak_mb', 'fused', '123.5',
+                            '0.57', '877.0']
+    assert json.loads((tmp_path / 'rows.json').read_text()) == rows
+
+
+# ---- draw train, draw classify
+
+@pytest.mark.parametrize('options, data, size', [
+    ('', 'mnist', None), ('--data mnist_redrawn', 'mnist_redrawn', None),
+    ('--images mine', 'mine', None), ('--images mine --size 7', 'mine', 7)])
+def test_images_of_a_training(options, data, size, weights, spy):
+    "It learns from train and chooses by valid, and the network takes the shape of one's own images"
+    (weights / 'mine').mkdir()
+    found = spy(data_sets, 'find', lambda given: small_set(given['split'], (3, 6, 9)))
+    seen = spy(cli, 'run')
+    draw(f'train mnist {options}')
+    assert [(str(g['data']), g['split'], g['size']) for g in found.calls] == [
+        (data, 'train', size), (data, 'valid', size)]
+    given, = seen.calls
+    assert (given['train_set'].split, given['valid_set'].split) == ('train', 'valid')
+    config = given['config']
+    shape = (3, 6, 9) if 'images' in options else (1, 28, 28)
+    assert (config.channels, config.height, config.width) == shape
+
+@pytest.mark.parametrize('split', ['valid', 'test'])
+def test_split_of_a_classification(split, weights, spy, capsys):
+    "After training, the part that was asked for is classified and shown, and no other"
+    spy(data_sets, 'find', lambda given: small_set(given['split'], (1, 100, 100)))
+    network = DifferentiableRAM.from_pretrained(weights / 'ram')
+    trained = spy(cli, 'run', lambda given: network)
+    seen = spy(classifier, 'classification_error', replace(ERROR, split=split))
+    (weights / 'here').mkdir()
+    (weights / 'here/run.json').write_text('{}')
+    draw(f'classify cluttered_4 --out here --split {split}')
+    given, = trained.calls
+    assert (given['train_set'].split, given['valid_set'].split) == ('train', 'valid')
+    given, = seen.calls
+    assert given['data'].split == split and given['model'] is network and given['limit'] is None
+    held = json.loads((weights / 'here/classification.json').read_text())
+    assert held == {'model': 'here/best', **asdict(ERROR), 'split': split}
+    random = torch.Generator().manual_seed(0)
+    expected = glimpse_grid(network, small_set(split, (1, 100, 100)).batch(range(6), random))
+    assert np.array_equal(pixels(weights / 'here/glimpses.png'), np.asarray(expected))
+    assert '12.50 ± 2.25 %' in capsys.readouterr().out
+
+def test_epochs_are_told_with_their_numbers(weights, spy, capsys):
+    "The lines of `draw train`: epochs counted from 1, nats as they were measured"
+    def train(config, train_set, valid_set, out, options):
+        row = dict(step=1, epoch=0, split='valid', glimpses=3, bound=90.125, reconstruction=70.0625,
+                   latent=20.0625)
+        out.mkdir()
+        (out / 'metrics.jsonl').write_text(json.dumps(row) + '\n')
+    cli.run(train, SIZES, SimpleNamespace(epochs=3, batch_size=3), small_set('train'),
+            small_set('valid'), weights / 'run', lambda row: f'{row["bound"]:.2f} nats', 1)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == 'epoch 1: 90.12 nats'
+    assert '3 epochs of 2 updates, 1 process' in said.err
+
+@pytest.mark.parametrize('text, epochs, expected', [
+    ('8', None, (8, (), None)), ('8', 3, (8, (), 3)),
+    ('16:10,32:20,64:80', None, (64, ((16, 10), (32, 20)), 110))])
+def test_stages(text, epochs, expected): assert cli.parse_glimpses(text, epochs) == expected
+
+def test_memory(monkeypatch):
+    "Four bytes a number"
+    memory = SimpleNamespace(total=2 * 2**30)
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: memory)
+    cli.check_memory('this', 2**29 - 1)
+    with pytest.raises(ValueError, match='^this would need 4 GB of memory, and this machine has 2'):
+        cli.check_memory('this', 2**30)
+
+
+# ---- draw data
+
+def test_list_of_data_sets(spy, monkeypatch, tmp_path, capsys):
+    "The folder in use, and every row whole"
+    monkeypatch.setenv('DRAW_DATA', str(tmp_path))
+    row = data_sets.data_sets()[0]._replace(name='a name', images='1 / 2 / 3', state='nowhere',
+                                            size='4 GB', licence='none')
+    spy(data_sets, 'data_sets', [row])
+    draw('data')
+    said = capsys.readouterr().out
+    assert str(tmp_path) in said.splitlines()[0]
+    assert said.splitlines()[1:] == ['', 'a name: 1 / 2 / 3', '  nowhere', '  4 GB; licence: none']

@@ -59,13 +59,15 @@ def leads():
 
 def find_data(data, images, size, split, default):
     "The split that --data or --images means, or that of the default data set"
-    from draw_nbdev.data_sets import MAKERS, find
+    from draw_nbdev.data_sets import DATA_SETS, find
     if data is not None and images is not None: raise ValueError('--data and --images are both given: choose one')
-    if data is not None and data not in MAKERS: raise ValueError(f'no data set {data!r}: choose one of {", ".join(MAKERS)}, or give --images')
+    if data is not None and data not in DATA_SETS:
+        raise ValueError(f'no data set {data!r}: choose one of {", ".join(DATA_SETS)}, or give --images')
     if images is None and data is None and default is None: raise ValueError('this network was not trained on a data set with a name: give --data or --images')
     if images is not None and not images.exists(): raise FileNotFoundError(f'{images}: no such folder or zip file')
     found = find(images or data or default, split, size)
-    wanted = None if images else {'mnist': 'mnist_fixed'}.get(data or default, data or default)
+    name = data or default
+    wanted = None if images else DATA_SETS[name].official if name in DATA_SETS else name
     if wanted and found.name != wanted and leads(): typer.echo(f'{wanted} is not at hand, {found.name} takes its place: {found.note}', err=True)
     return found
 
@@ -332,9 +334,11 @@ def say_bound(result):
 
 def data_of(history):
     "Name of the data set in training.json; raises `ValueError` where there is none"
+    from draw_nbdev.data_sets import DATA_SETS
     try: name = str(json.loads(history.read_text(encoding='utf-8'))['data']['name'])
     except (ValueError, KeyError, TypeError, RecursionError): raise ValueError(f'{history} is damaged: remove it, and name the data with --data or --images') from None
-    return 'mnist' if name == 'mnist_fixed' else name # for which there is a stand-in where it is not at hand
+    substitutable = {entry.official: entry.name for entry in DATA_SETS.values() if entry.substitute}
+    return substitutable.get(name, name)
 
 @app.command('evaluate')
 def evaluate_command(
@@ -351,7 +355,8 @@ def evaluate_command(
 ):
     "Bound on -log p(x) over a data set, in nats per image; for a classifier, its error."
     from draw_nbdev.classifier import classification_error, network_class
-    from draw_nbdev.data_sets import MAKERS, zip_in_data_folder
+    from draw_nbdev.cache import find_file
+    from draw_nbdev.data_sets import DATA_SETS
     from draw_nbdev.evaluation import evaluate
     from draw_nbdev.model import DRAW, find_weights
     from draw_nbdev.training import check_folder
@@ -367,7 +372,7 @@ def evaluate_command(
     history = history and history / 'training.json'
     usual = 'mnist' if kind is DRAW else 'cluttered_mnist'
     trained_on = data_of(history) if history and history.is_file() else usual
-    default = trained_on if trained_on in MAKERS or zip_in_data_folder(trained_on) else None
+    default = trained_on if trained_on in DATA_SETS or find_file(f'{trained_on}.zip') else None
     found = find_data(data, images, size, split, default)
     result = evaluate(network, found, glimpses, seeds, samples, limit) if kind is DRAW else classification_error(network, found, glimpses, limit)
     say_data(result)
@@ -449,10 +454,10 @@ def benchmark_command(
 @app.command('data')
 def data_command():
     "List the data sets: where they are, or what to put where."
-    from draw_nbdev.data import data_root
-    from draw_nbdev.data_sets import data_sets
+    from draw_nbdev.cache import data_root
+    from draw_nbdev.data_sets import DATA_SETS
     typer.echo(f'Data folder: {data_root()} (set DRAW_DATA to choose another)')
-    for row in data_sets(): typer.echo(f'\n{row.name}: {row.images}\n  {row.state}\n  {row.size}; licence: {row.licence}')
+    for entry in DATA_SETS.values(): typer.echo(f'\n{entry.name}: {entry.images}\n  {entry.state()}\n  {entry.size}; licence: {entry.licence}')
 
 # %% ../nbs/85_cli.ipynb #bb60a09b
 def main():

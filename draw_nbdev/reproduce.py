@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'SHORT', 'QUICK', 'EXPERIMENTS', 'TABLE_2', 'TABLE_3', 'SYMBOLS', 'Outcome', 'COLUMNS', 'PAGE', 'FIGURE',
-           'OFFICIAL', 'OTHER_DATA', 'MISSING', 'Scale', 'Experiment', 'full', 'Model', 'packaged', 'obtain', 'table_1',
-           'table_2', 'table_3', 'provenance', 'pictures', 'draw_figures', 'draw_diagrams', 'reproduce']
+           'OTHER_DATA', 'MISSING', 'Scale', 'Experiment', 'full', 'Model', 'packaged', 'obtain', 'table_1', 'table_2',
+           'table_3', 'provenance', 'pictures', 'draw_figures', 'draw_diagrams', 'reproduce']
 
 # %% ../nbs/90_reproduce.ipynb #0cc53e85
 import html, json, re
@@ -20,7 +20,7 @@ from . import __version__, diagrams, plots
 from .classifier import (CLASSIFIERS, TABLE_1, Classification, ConvolutionalConfig, RAMConfig, classification_error, glimpse_grid,
                                    load_classifier, train_classifier)
 from .data import Images
-from .data_sets import find
+from .data_sets import DATA_SETS, find
 from .digits import FreshDigits
 from .evaluation import Evaluation, evaluate, nearest_images
 from .files import remove_partial, write_json, write_text
@@ -259,7 +259,6 @@ Generation</a>, 2015. Made by draw_nbdev {version}, scale: {scale}.</p>
 </body></html>
 '''
 FIGURE = '<figure><img src="{file}" alt="{title}"><figcaption>{caption}</figcaption></figure>'
-OFFICIAL = {'mnist': 'mnist_fixed'} # Name of the paper's own data, where it differs from that of the experiment's data
 OTHER_DATA = '<p><strong>Numbers on {name} are not on the paper’s data</strong> ({note}). They cannot be compared with the paper’s. <code>draw data</code> says which file to put where.</p>'
 MISSING = '<p><strong>Not covered: {name}</strong>, {part}. {reason}</p>'
 
@@ -294,7 +293,7 @@ def reproduce(
         say(f'{name}: {model.history["origin"]}; evaluating and drawing')
         if data:
             results[name] = (evaluate if isinstance(model.network, DRAW) else classification_error)(model.network, test_set), model.history
-            if test_set.name != OFFICIAL.get(experiment.data, experiment.data): notes[test_set.name] = OTHER_DATA.format(name=test_set.name, note=html.escape(test_set.note))
+            if test_set.name != DATA_SETS[experiment.data].official: notes[test_set.name] = OTHER_DATA.format(name=test_set.name, note=html.escape(test_set.note))
         captions.update(draw_figures(experiment, model, data, out, seed))
     tables = {'table_1': table_1(results), 'table_2': table_2(results), 'table_3': table_3(histories)}
     saved = {'scale': scale, 'seed': seed, 'version': __version__, 'missing': missing,

@@ -52,12 +52,12 @@ def find_data(
     default: str | None, # Data set where neither is given
 ): # As `draw_nbdev.data_sets.find`
     "The split that --data or --images means, or that of the default data set"
-    from draw_nbdev.data_sets import MAKERS, find
+    from draw_nbdev.data_sets import DATA_SETS, find
     name = data or default
     if data is not None and images is not None:
         raise ValueError('--data and --images are both given: choose one')
-    if data is not None and data not in MAKERS:
-        raise ValueError(f'no data set {data!r}: choose one of {", ".join(MAKERS)}, '
+    if data is not None and data not in DATA_SETS:
+        raise ValueError(f'no data set {data!r}: choose one of {", ".join(DATA_SETS)}, '
                          'or give --images')
     if images is None and name is None:
         raise ValueError('this network was not trained on a data set with a name: '
@@ -65,7 +65,7 @@ def find_data(
     if images is not None and not images.exists():
         raise FileNotFoundError(f'{images}: no such folder or zip file')
     found = find(images or name, split, size)
-    wanted = {'mnist': 'mnist_fixed'}.get(name, name)
+    wanted = DATA_SETS[name].official if name in DATA_SETS else name
     if images is None and found.name != wanted and leads():
         typer.echo(f'{wanted} is not at hand, {found.name} takes its place: {found.note}', err=True)
     return found
@@ -380,11 +380,14 @@ def data_of(
     history: Path, # training.json beside the weights
 ) -> str: # Name of the data set they learned from
     "What training.json says; raises `ValueError` where it says nothing"
+    from draw_nbdev.data_sets import DATA_SETS
     try: name = str(json.loads(history.read_text(encoding='utf-8'))['data']['name'])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f'{history} is damaged: remove it, '
                          'and name the data with --data or --images') from None
-    return 'mnist' if name == 'mnist_fixed' else name # for which there is a stand-in
+    for entry in DATA_SETS.values(): # one with a substitute, where there is such an entry
+        if entry.official == name and entry.substitute: return entry.name
+    return name
 
 # %% ../nbs/85_cli.ipynb #b9fb460f
 def check_least(
@@ -411,9 +414,10 @@ def evaluate_command(
     out: option(Path, 'Folder for evaluation.json. Default: only print.') = None,
 ):
     "Bound on -log p(x) over a data set, in nats per image; for a classifier, its error."
+    from draw_nbdev.cache import find_file
     from draw_nbdev.checkpoints import check_folder
     from draw_nbdev.classifier import classification_error, network_class
-    from draw_nbdev.data_sets import MAKERS, zip_in_data_folder
+    from draw_nbdev.data_sets import DATA_SETS
     from draw_nbdev.evaluation import evaluate
     from draw_nbdev.model import DRAW, find_weights
     if out: check_folder(out, 'evaluation.json')
@@ -429,7 +433,8 @@ def evaluate_command(
     trained_on = 'mnist' if kind is DRAW else 'cluttered_mnist'
     history = folder and folder / 'training.json'
     if history and history.is_file(): trained_on = data_of(history)
-    default = trained_on if trained_on in MAKERS or zip_in_data_folder(trained_on) else None
+    known = trained_on in DATA_SETS or find_file(f'{trained_on}.zip')
+    default = trained_on if known else None
     found = find_data(data, images, size, split, default)
     if kind is DRAW: result = evaluate(network, found, glimpses, seeds, samples, limit)
     else: result = classification_error(network, found, glimpses, limit)
@@ -524,12 +529,12 @@ def benchmark_command(
 @app.command('data')
 def data_command():
     "List the data sets: where they are, or what to put where."
-    from draw_nbdev.data import data_root
-    from draw_nbdev.data_sets import data_sets
+    from draw_nbdev.cache import data_root
+    from draw_nbdev.data_sets import DATA_SETS
     typer.echo(f'Data folder: {data_root()} (set DRAW_DATA to choose another)')
-    for row in data_sets():
-        typer.echo(f'\n{row.name}: {row.images}\n  {row.state}\n'
-                   f'  {row.size}; licence: {row.licence}')
+    for entry in DATA_SETS.values():
+        typer.echo(f'\n{entry.name}: {entry.images}\n  {entry.state()}\n'
+                   f'  {entry.size}; licence: {entry.licence}')
 
 # %% ../nbs/85_cli.ipynb #15ca87ad
 def main() -> None:

@@ -80,7 +80,7 @@ LONGEST = 300 # Characters of a reason that are shown
 def one_line(
     error: Exception, # Of any library
 ) -> str: # At most `LONGEST` characters
-    "What went wrong: the first two lines of a message as one, since PyTorch's first line is a heading"
+    "What went wrong, from the first two lines of a message: PyTorch's first is a heading"
     first = ' '.join(str(error).strip().splitlines()[:2])
     text = ' '.join(first.split()) or type(error).__name__
     return text if len(text) <= LONGEST else text[:LONGEST - 3] + '...'

@@ -21,7 +21,7 @@ from .classifier import (CLASSIFIERS, TABLE_1, Classification, ConvolutionalConf
                                    RAMConfig, classification_error, glimpse_grid,
                                    load_classifier, train_classifier)
 from .data import Images
-from .data_sets import find
+from .data_sets import DATA_SETS, find
 from .digits import FreshDigits
 from .evaluation import Evaluation, evaluate, nearest_images
 from .files import remove_partial, reraise_as, write_json, write_text
@@ -401,7 +401,6 @@ training loss and no likelihood.</p>
 
 # %% ../nbs/90_reproduce.ipynb #f99416fb
 FIGURE = '<figure><img src="{file}" alt="{title}"><figcaption>{caption}</figcaption></figure>'
-OFFICIAL = {'mnist': 'mnist_fixed'} # The paper's own data, where its name is another one
 OTHER_DATA = ('<p><strong>Numbers on {name} are not on the paper’s data</strong> ({note}). '
               'They cannot be compared with the paper’s. '
               '<code>draw data</code> says which file to put where.</p>')
@@ -468,7 +467,7 @@ def reproduce(
         if data:
             measure = evaluate if isinstance(model.network, DRAW) else classification_error
             results[name] = measure(model.network, test_set), model.history
-            if test_set.name != OFFICIAL.get(experiment.data, experiment.data):
+            if test_set.name != DATA_SETS[experiment.data].official:
                 notes[test_set.name] = OTHER_DATA.format(name=test_set.name,
                                                          note=html.escape(test_set.note))
         captions.update(draw_figures(experiment, model, data, out, seed))

@@ -251,9 +251,9 @@ def test_memory(monkeypatch):
 def test_list_of_data_sets(spy, monkeypatch, tmp_path, capsys):
     "The folder in use, and every row whole"
     monkeypatch.setenv('DRAW_DATA', str(tmp_path))
-    row = data_sets.data_sets()[0]._replace(name='a name', images='1 / 2 / 3', state='nowhere',
-                                            size='4 GB', licence='none')
-    spy(data_sets, 'data_sets', [row])
+    entry = SimpleNamespace(name='a name', images='1 / 2 / 3', state=lambda: 'nowhere',
+                            size='4 GB', licence='none')
+    monkeypatch.setattr(data_sets, 'DATA_SETS', {'a name': entry})
     draw('data')
     said = capsys.readouterr().out
     assert str(tmp_path) in said.splitlines()[0]

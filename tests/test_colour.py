@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from draw_nbdev import colour, data
-from draw_nbdev.colour import (
-    SVHN_SHA256, cifar10, crop_number, digit_boxes, find_parts, grown_box, house_numbers, svhn,
-)
+from draw_nbdev import archives, colour, data
+from draw_nbdev.archives import SVHN_SHA256, find_parts
+from draw_nbdev.cifar import cifar10
+from draw_nbdev.colour import crop_number, digit_boxes, grown_box, house_numbers, svhn
 from draw_nbdev.data import SPLITS
 from draw_nbdev.data_sets import find
 from draw_nbdev.images import image_folder
@@ -187,13 +187,10 @@ def test_paper_split(monkeypatch):
     third of the latter from extra"""
     counts = {'train': 33_402 - 1, 'extra': 202_353, 'test': 13_068}
     monkeypatch.setattr(colour, 'find_parts', lambda path: {part: path for part in counts})
-    monkeypatch.setattr(colour, '_sha256', lambda place: '')
-    monkeypatch.setattr(
-        colour, '_crops',
-        lambda place, part, *a: np.full(
-            (counts[part], 1, 1, 1), list(counts).index(part), np.uint8
-        ),
-    )
+    monkeypatch.setattr(colour, 'part_checksum', lambda place: '')
+    def fake_crops(place, part, *more):
+        return np.full((counts[part], 1, 1, 1), list(counts).index(part), np.uint8)
+    monkeypatch.setattr(colour, 'read_crops', fake_crops)
     monkeypatch.setattr(colour, 'CROP', 54)   # so that there is no edge to cut off
     counted = {
         split: house_numbers('.', split).pixels.flatten().bincount(minlength=3).tolist()
@@ -231,7 +228,8 @@ def test_official_by_name(numbers, places, monkeypatch):
         )
     assert leftovers(root) == ['svhn/extra.tar.gz', 'svhn/test.tar.gz', 'svhn/train.tar.gz']
     for part in SVHN_SHA256:
-        monkeypatch.setitem(SVHN_SHA256, part, colour._sha256(root/f'svhn/{part}.tar.gz'))
+        checksum = colour.part_checksum(root / f'svhn/{part}.tar.gz')
+        monkeypatch.setitem(SVHN_SHA256, part, checksum)
     assert [svhn(split).note for split in SPLITS] == ['SVHN full numbers, train and extra'] * 2 + [
         'SVHN full numbers, test'
     ]
@@ -252,7 +250,7 @@ def test_cache_is_used_and_follows_the_source(numbers, places, monkeypatch):
     cached, = leftovers(root)
     assert cached.startswith('svhn_64x64/test-') and np.load(root/cached).shape == (4, 3, 64, 64)
     with monkeypatch.context() as patch:
-        patch.setattr(colour, '_make_crops', lambda *a: pytest.fail('the cache was not used'))
+        patch.setattr(colour, 'make_crops', lambda *a: pytest.fail('the cache was not used'))
         assert house_numbers(numbers, 'test').checksum == first.checksum
     write_tar(numbers/'test.tar.gz', 'test', files(5, 9))
     assert len(house_numbers(numbers, 'test')) == 5 and len(leftovers(root)) == 2
@@ -335,7 +333,7 @@ def test_damaged_zip(tmp_path):
 def test_files_too_large_to_hold(tmp_path, monkeypatch, kind, name):
     "Refused by the size that is stated, before anything is read"
     contents = PARTS['test'] | {name: PARTS['test'][name] + bytes(2**20)}
-    monkeypatch.setitem(colour.MOST_BYTES, name, 2**20)
+    monkeypatch.setitem(archives.MOST_BYTES, name, 2**20)
     place = tmp_path/'numbers'
     place.mkdir()
     if kind == 'tar': write_tar(place/'test.tar.gz', 'test', contents)
@@ -597,14 +595,11 @@ def test_cifar_cannot_be_had(cifar, places, fault):
             packed[:500] if fault == 'truncated' else packed + b' '
         )
     before = leftovers(root)
-    with pytest.raises(FileNotFoundError, match='put cifar-10-python.tar.gz') as error:
-        cifar10('train')
-    assert (
-        one_line(error)
-        and str(root) in str(error.value)
-        and leftovers(root) == before
-        and not cache.exists()
-    )
+    kind, said = ValueError, 'damaged'
+    if fault == 'none there': kind, said = FileNotFoundError, 'put cifar'
+    with pytest.raises(kind, match=said) as error: cifar10('train')
+    assert one_line(error) and str(root) in str(error.value)
+    assert leftovers(root) == before and not cache.exists()
 
 
 def test_cifar_is_never_unpickled_unchecked(cifar, places):

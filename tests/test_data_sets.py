@@ -1,10 +1,11 @@
 "Names and paths: what `find` gives for each, and what the list of data sets says"
 import zipfile
+from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from draw_nbdev import data, data_sets
-from draw_nbdev.data_sets import MAKERS, find
+from draw_nbdev import data
+from draw_nbdev.data_sets import DATA_SETS, find
 
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
@@ -12,9 +13,9 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setenv('DRAW_DATA', str(tmp_path / 'root'))
     for folder in ('root', 'cache/draw_nbdev'): (tmp_path / folder).mkdir(parents=True)
-    data._has_fixed.cache_clear()
+    data.has_fixed.cache_clear()
     yield tmp_path / 'root', tmp_path / 'cache/draw_nbdev'
-    data._has_fixed.cache_clear()
+    data.has_fixed.cache_clear()
 
 def pictures(folder, count=12, size=(6, 4)):
     "A folder of colour pictures, wider than high"
@@ -28,14 +29,14 @@ def packed(folder, file):
         for path in folder.iterdir(): archive.write(path, path.name)
     return file
 
-@pytest.mark.parametrize('name', [name for name in MAKERS if name not in ('svhn', 'cifar10')])
+@pytest.mark.parametrize('name', [name for name in DATA_SETS if name not in ('svhn', 'cifar10')])
 def test_names(name, monkeypatch):
     "Each is a set of its own, in three splits, from the folder that is asked for"
-    seen, maker = [], MAKERS[name]
+    seen, entry = [], DATA_SETS[name]
     def spy(split, root=None):
         seen.append((split, root))
-        return maker(split)
-    monkeypatch.setitem(MAKERS, name, spy)
+        return entry.make(split, None)
+    monkeypatch.setitem(DATA_SETS, name, replace(entry, make=spy))
     if name.startswith(('mnist_fixed', 'mnist')) and name in ('mnist', 'mnist_fixed'):
         monkeypatch.setattr(data, 'FIXED_URL', 'http://127.0.0.1:9/')
     if name == 'mnist_fixed':
@@ -69,32 +70,30 @@ def test_stand_ins(name, tmp_path, places, monkeypatch):
     packed(pictures(tmp_path / 'mine'), places[0] / f'{name}_sample.zip')
     found = find(name, 'train')
     assert found.name == f'{name}_sample' and found.shape == (3, 4, 6)
-    row, = [row for row in data_sets.data_sets() if row.name == name]
-    assert f'{name}_sample.zip stands in for it' in row.state
+    assert f'{name}_sample.zip stands in for it' in DATA_SETS[name].state()
     official = ('svhn', 'train.tar.gz') if name == 'svhn' else ('cifar-10-batches-py', 'data')
     (places[1] / official[0]).mkdir()
     (places[1] / official[0] / official[1]).write_bytes(b'')
-    monkeypatch.setitem(MAKERS, name, lambda split, root: ('official', split))
+    entry = replace(DATA_SETS[name], make=lambda split, root: ('official', split))
+    monkeypatch.setitem(DATA_SETS, name, entry)
     assert find(name, 'test') == ('official', 'test')
-    row, = [row for row in data_sets.data_sets() if row.name == name]
-    assert 'stands in' not in row.state
+    assert 'stands in' not in DATA_SETS[name].state()
 
 def test_list(places):
     "Where files are, in the data folder or in the cache, and which are missing"
-    rows = {row.name: row for row in data_sets.data_sets()}
-    assert list(rows) == ['mnist_fixed', 'mnist_grey', 'mnist_once', 'mnist_redrawn', 'two_digits',
-                          'cluttered_mnist', 'svhn', 'cifar10']
-    assert rows['mnist_fixed'].state.startswith('missing: downloaded when first used')
-    assert 'put train.tar.gz, extra.tar.gz, test.tar.gz from' in rows['svhn'].state
-    assert {rows[name].state for name in rows if 'mnist_' in name} >= {'packaged'}
+    rows = DATA_SETS
+    assert list(rows) == ['mnist', 'mnist_fixed', 'mnist_once', 'mnist_redrawn', 'mnist_grey',
+                          'two_digits', 'cluttered_mnist', 'svhn', 'cifar10']
+    assert rows['mnist_fixed'].state().startswith('missing: downloaded when first used')
+    assert 'put svhn/train.tar.gz, svhn/extra.tar.gz, svhn/test.tar.gz from' in rows['svhn'].state()
+    assert {rows[name].state() for name in rows if 'mnist_' in name} >= {'packaged'}
     for place in reversed(places):
         np.savez(place / data.FIXED_FILE, a=1)
         (place / 'cifar-10-python.tar.gz').write_bytes(b'')
         (place / 'svhn').mkdir()
         for part in ('train', 'test'): (place / f'svhn/{part}.tar.gz').write_bytes(b'')
-        rows = {row.name: row for row in data_sets.data_sets()}
-        assert rows['mnist_fixed'].state == f'found: {place / data.FIXED_FILE}'
-        assert rows['cifar10'].state == f'found: {place}/cifar-10-python.tar.gz'
-        found, missing = rows['svhn'].state.split('; ')
-        assert found == f'found in {place}/svhn: train, test'
-        assert missing.startswith('missing: put extra.tar.gz from')
+        assert rows['mnist_fixed'].state() == f'found: {place / data.FIXED_FILE}'
+        assert rows['cifar10'].state() == f'found: {place}/cifar-10-python.tar.gz'
+        found, missing = rows['svhn'].state().split('; ')
+        assert found == f'found: {place}/svhn/train.tar.gz, {place}/svhn/test.tar.gz'
+        assert missing.startswith('missing: put svhn/extra.tar.gz from')

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 import torch
 from draw_nbdev.classifier import CLASSIFIERS, classification_error, load_classifier
-from draw_nbdev.data_sets import MAKERS, find
+from draw_nbdev.data_sets import DATA_SETS, find
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.files import write_text
 from draw_nbdev.model import DRAW, PRESETS
@@ -29,7 +29,7 @@ def command(
     network = max((n for n in networks if name.startswith(n)), key=len)
     sizes = {key: value for key, value in config.items() if value != asdict(networks[network])[key]}
     flags = min((flags_for(recorded, config, sizes, network, kind, 'segments' in history) for kind in ('own', 'paper')), key=len)
-    images = [] if networks is CLASSIFIERS or history['data']['name'] in MAKERS else ['--images', history['data']['name'] + '.zip']
+    images = [] if networks is CLASSIFIERS or history['data']['name'] in DATA_SETS else ['--images', history['data']['name'] + '.zip']
     return ' '.join(['draw', 'classify' if networks is CLASSIFIERS else 'train', network, *images, *flags])
 
 def flags_for(recorded, config, sizes, network, kind, chosen):

@@ -1,0 +1,193 @@
+// The window, to play with: one grid of filters over an image, and all that Eqs 19-26 make of it.
+
+import { filterCentre, filters, readPatch, writePatch } from './math.js'
+import { Picture, READ, pad, pixelsOf, shape } from './picture.js'
+import { button, captioned, choice, controls, digits, element, photograph, slider } from './widget.js'
+
+const clamp = (value, low, high) => Math.min(Math.max(value, low), high)
+const fixed = (value, places = 2) => Math.abs(value) >= 1e5 ? value.toExponential(1) : value.toFixed(places)
+
+/** A filterbank as a picture: its N rows, the strongest pixel white. */
+function showFilters(picture, F, N, length) {
+  const largest = Math.max(...F)
+  picture.show(F.map(v => v / largest), { height: N, width: length })
+}
+
+export default async function () {
+  const [examples, photo] = await Promise.all([digits(), photograph()])
+  const image = new Picture('The image with the window'), patch = new Picture('The patch'), back = new Picture('The patch put back')
+  const rows = new Picture('The filterbank F_Y'), columns = new Picture('The filterbank F_X')
+  const numbers = element('dl', { class: 'live-numbers' })
+  let sheet = null, drawing = false
+  const w = { gX: 14.5, gY: 14.5, delta: 3, variance: 1, gamma: 1, N: 5 }
+
+  // ---- What is shown
+
+  const equations = () => {
+    const { height: B, width: A } = sheet, longest = Math.max(A, B)
+    const centres = g => [1, w.N].map(i => fixed(filterCentre(g, w.delta, w.N, i), 1)).join(' … ')
+    const unit = (longest - 1) / Math.max(w.N - 1, 1)
+    const { FX, FY } = filters(w, B, A), sums = F => fixed(F.subarray(0, F.length / w.N).reduce((a, b) => a + b, 0))
+    const lines = [
+      ['19', 'μ<sub>X</sub><sup>i</sup> = g<sub>X</sub> + (i − N/2 − 0.5) δ', centres(w.gX)],
+      ['20', 'μ<sub>Y</sub><sup>j</sup> = g<sub>Y</sub> + (j − N/2 − 0.5) δ', centres(w.gY)],
+      ['21', 'log σ², log γ', `${fixed(Math.log(w.variance))}, ${fixed(Math.log(w.gamma))}`],
+      ['22', 'g̃<sub>X</sub> = 2 g<sub>X</sub> / (A + 1) − 1', fixed(2 * w.gX / (A + 1) - 1)],
+      ['23', 'g̃<sub>Y</sub> = 2 g<sub>Y</sub> / (B + 1) − 1', fixed(2 * w.gY / (B + 1) - 1)],
+      ['24', 'log δ̃ = log (δ (N − 1) / (max(A, B) − 1))', fixed(Math.log(w.delta / unit))],
+      ['25', 'Σ<sub>a</sub> F<sub>X</sub>[1, a]', sums(FX)],
+      ['26', 'Σ<sub>b</sub> F<sub>Y</sub>[1, b]', sums(FY)],
+    ]
+    numbers.replaceChildren(...lines.flatMap(([number, formula, value]) => {
+      const term = element('dt', {}, element('span', { class: 'live-number' }, `(${number})`), ' ')
+      term.insertAdjacentHTML('beforeend', formula) // written above, nothing of the reader's
+      return [term, element('dd', {}, value)]
+    }))
+  }
+
+  const frame = shape('rect', { class: 'live-window read grip' }), grid = shape('g', { class: 'live-grid' }), corner = shape('rect', { class: 'live-corner' })
+  const drawWindow = () => {
+    const side = (w.N - 1) * w.delta, left = w.gX - side / 2, top = w.gY - side / 2, tip = sheet.width / 20
+    image.windows([{ window: w, kind: READ }])
+    for (const [name, value] of Object.entries({ x: left, y: top, width: side, height: side })) frame.setAttribute(name, value)
+    for (const [name, value] of Object.entries({ x: left + side - tip / 2, y: top + side - tip / 2, width: tip, height: tip })) corner.setAttribute(name, value)
+    const centres = Array.from({ length: w.N }, (_, i) => i + 1)
+    grid.replaceChildren(...centres.flatMap(i => centres.map(j => shape('circle', {
+      cx: filterCentre(w.gX, w.delta, w.N, i), cy: filterCentre(w.gY, w.delta, w.N, j), r: sheet.width / 130 }))))
+    image.overlay.append(grid, frame, corner)
+  }
+  const show = () => {
+    const { pixels, height, width, channels } = sheet, { FX, FY } = filters(w, height, width)
+    image.show(pixels, sheet)
+    drawWindow()
+    const read = readPatch(pixels, w, height, width)
+    patch.show(read, { height: w.N, width: w.N })
+    back.show(writePatch(read, w, height, width), sheet) // 1/gamma F_Y^T (gamma F_Y x F_X^T) F_X
+    showFilters(rows, FY, w.N, height)
+    showFilters(columns, FX, w.N, width)
+    equations()
+  }
+
+  // ---- What moves it
+
+  const sliders = {
+    gX: slider('g_X', { min: -10, max: 40, step: 0.1, value: w.gX, format: v => fixed(v, 1) }, v => { w.gX = v; show() }),
+    gY: slider('g_Y', { min: -10, max: 40, step: 0.1, value: w.gY, format: v => fixed(v, 1) }, v => { w.gY = v; show() }),
+    delta: slider('δ', { min: 0.1, max: 20, step: 0.1, value: w.delta, format: v => fixed(v, 1) }, v => { w.delta = v; show() }),
+    variance: slider('σ²', { min: -3, max: 5, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) }, v => { w.variance = Math.exp(v); show() }),
+    gamma: slider('γ', { min: -2, max: 2, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) }, v => { w.gamma = Math.exp(v); show() }),
+    N: slider('N', { min: 1, max: 16, step: 1, value: w.N, format: String }, v => { w.N = v; show() }),
+  }
+  const names = { gX: ['g', 'X', 'column of the centre'], gY: ['g', 'Y', 'row of the centre'], delta: ['δ', '', 'stride'],
+    variance: ['σ', '', 'variance'], gamma: ['γ', '', 'intensity'], N: ['N', '', 'filters on a side'] }
+  for (const [key, [symbol, below, words]] of Object.entries(names)) {
+    const power = key === 'variance' ? element('sup', {}, '2') : ''
+    sliders[key].element.querySelector('label').replaceChildren(element('i', {}, symbol), below && element('sub', {}, below), power, ` ${words}`)
+  }
+  const move = (gX, gY) => {
+    w.gX = clamp(gX, ...bounds('gX'))
+    w.gY = clamp(gY, ...bounds('gY'))
+    sliders.gX.set(w.gX)
+    sliders.gY.set(w.gY)
+    show()
+  }
+  const widen = delta => {
+    w.delta = clamp(delta, ...bounds('delta'))
+    sliders.delta.set(w.delta)
+    show()
+  }
+  const bounds = key => [Number(sliders[key].input.min), Number(sliders[key].input.max)]
+
+  let grip = null // What is being dragged, and from where
+  const place = event => {
+    const box = image.canvas.getBoundingClientRect()
+    return { x: (event.clientX - box.left) / box.width * sheet.width + 0.5, y: (event.clientY - box.top) / box.height * sheet.height + 0.5 }
+  }
+  image.overlay.addEventListener('pointerdown', event => {
+    if (drawing || event.button) return
+    const at = place(event)
+    grip = event.target === corner ? { corner: true } : { x: at.x - w.gX, y: at.y - w.gY }
+    if (event.target !== corner && event.target !== frame) { grip = { x: 0, y: 0 }; move(at.x, at.y) } // a press outside calls the window there
+    image.overlay.setPointerCapture(event.pointerId)
+  })
+  image.overlay.addEventListener('pointermove', event => {
+    if (!grip) return
+    const at = place(event)
+    if (grip.corner) widen(2 * Math.max(at.x - w.gX, at.y - w.gY) / Math.max(w.N - 1, 1))
+    else move(at.x - grip.x, at.y - grip.y)
+  })
+  for (const name of ['pointerup', 'pointercancel']) image.overlay.addEventListener(name, () => { grip = null })
+  const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
+  image.overlay.addEventListener('keydown', event => {
+    if (drawing) return
+    const step = moves[event.key]
+    if (step) move(w.gX + step[0], w.gY + step[1])
+    else if (event.key === '+') widen(w.delta + 0.2)
+    else if (event.key === '-') widen(w.delta - 0.2)
+    else return
+    event.preventDefault()
+  })
+  for (const [name, value] of Object.entries({ tabindex: 0, role: 'application', class: 'live-grips',
+    'aria-label': 'The window. Arrow keys move it, plus and minus change its stride.' })) image.overlay.setAttribute(name, value)
+  image.overlay.removeAttribute('aria-hidden')
+
+  // ---- What it lies on
+
+  const lay = (next, fresh) => {
+    sheet = next
+    const { width: A, height: B } = sheet
+    sliders.gX.range(Math.round(-A / 4), Math.round(1.25 * A), 0.1)
+    sliders.gY.range(Math.round(-B / 4), Math.round(1.25 * B), 0.1)
+    sliders.delta.range(0.1, Math.max(A, B) / 2, 0.1)
+    if (fresh) {
+      w.gX = (A + 1) / 2
+      w.gY = (B + 1) / 2
+      w.delta = Math.max(A, B) / 2 / Math.max(w.N - 1, 1)
+      w.variance = Math.max(0.5, w.delta / 3) ** 2
+    }
+    sliders.gX.set(w.gX)
+    sliders.gY.set(w.gY)
+    sliders.delta.set(w.delta)
+    sliders.variance.set(Math.log(w.variance))
+    show()
+  }
+  let turn = 3
+  const sources = {
+    digit: () => ({ pixels: examples[20 * (turn++ % 10)].pixels, height: 28, width: 28, channels: 1 }),
+    photograph: () => photo,
+    own: () => ({ pixels: new Float32Array(28 * 28), height: 28, width: 28, channels: 1 }),
+  }
+  const use = name => {
+    const next = sources[name](), fresh = !sheet || sheet.width !== next.width
+    drawing = name === 'own'
+    image.element.classList.toggle('live-pad', drawing)
+    image.element.tabIndex = drawing ? 0 : -1
+    image.overlay.setAttribute('tabindex', drawing ? -1 : 0)
+    renew.hidden = name !== 'digit'
+    hint.textContent = drawing ? 'Draw on the image; the sliders move the window' : 'Drag the window, or its corner'
+    lay(next, fresh)
+  }
+  const hint = element('span'), renew = button('Another digit', () => use('digit'))
+  const source = choice('Image', [['digit', 'A digit'], ['photograph', 'A photograph'], ['own', 'Your own drawing'], ['file', 'A picture file …']], async name => {
+    if (name === 'file') file.click()
+    else use(name)
+  })
+  const file = element('input', { type: 'file', accept: 'image/*', hidden: true, 'aria-label': 'A picture file', change: async () => {
+    const image = file.files[0] && await createImageBitmap(file.files[0]).catch(() => null)
+    if (!image) return
+    sources.file = () => pixelsOf(image, 100, 100, 3)
+    use('file')
+  } })
+  pad(image, () => sheet, { begin() {}, change: show, end() {}, active: () => drawing })
+  use('digit')
+
+  return [
+    element('div', { class: 'live-columns' },
+      element('div', {}, captioned(image, hint, 'large')),
+      controls(source.element, file, element('div', { class: 'live-buttons' }, renew), ...Object.values(sliders).map(line => line.element))),
+    element('div', { class: 'live-columns outcome' },
+      captioned(patch, 'The patch, γ F_Y x F_Xᵀ'), captioned(back, 'Put back, γ⁻¹ F_Yᵀ w F_X'),
+      element('div', { class: 'live-banks' }, captioned(columns, 'F_X, a filter in each row', 'wide'), captioned(rows, 'F_Y, a filter in each row', 'wide'))),
+    numbers,
+  ]
+}

@@ -26,7 +26,7 @@ export default async function () {
     transport.stop()
     transport.length(net.config.glimpses)
     transport.to(net.config.glimpses);
-    [...strip.children].forEach((thumb, k) => thumb.classList.toggle('reached', Math.abs(Number(thumb.value) - share.value) < 0.5 / (STRIP - 1)))
+    [...strip.children].forEach((thumb, k) => thumb.classList.toggle('here', Math.abs(Number(thumb.value) - share.value) < 0.5 / (STRIP - 1)))
   }
   const renew = () => {
     if (!net) return

@@ -19,7 +19,7 @@ export default async function () {
     drawing.windows([{ window: states[t].writeWindow, kind: WRITE }])
     drawing.label(`The drawing after step ${t} of ${states.length - 1}`)
     words.textContent = t === 0 ? 'The canvas before the first step' : describe(states[t].writeWindow)
-    for (const thumb of strip.children) thumb.classList.toggle('reached', Number(thumb.value) <= t)
+    for (const thumb of strip.children) thumb.classList.toggle('later', Number(thumb.value) > t)
   }
   const thumbnail = t => {
     const small = new Picture(`The drawing after step ${t}`)
@@ -34,7 +34,8 @@ export default async function () {
     const { glimpses: T, latent_size: n } = net.config
     states = net.generate(normal(seed.value, T * n).map(z => spread.value * z))
     transport.length(T)
-    strip.replaceChildren(...Array.from({ length: Math.min(STRIP, T) }, (_, k, all = Math.min(STRIP, T)) => thumbnail(Math.round(T * (k + 1) / all))))
+    const count = Math.min(STRIP, T)
+    strip.replaceChildren(...Array.from({ length: count }, (_, k) => thumbnail(Math.round(T * (k + 1) / count))))
   }
   const again = () => { draw(); if (net) transport.restart() }
 

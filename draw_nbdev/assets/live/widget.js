@@ -14,6 +14,13 @@ export function element(tag, attributes = {}, ...children) {
   return made
 }
 
+/** Text with marks of HTML, as symbols need them; for what is written in these files alone, never for a reader's text. */
+export function marked(text) {
+  const template = document.createElement('template')
+  template.innerHTML = text
+  return element('span', {}, template.content)
+}
+
 // ---- Controls
 
 let count = 0

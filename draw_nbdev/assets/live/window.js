@@ -2,15 +2,15 @@
 
 import { filterCentre, filters, readPatch, writePatch } from './math.js'
 import { Picture, READ, pad, pixelsOf, shape } from './picture.js'
-import { button, captioned, choice, controls, digits, element, photograph, slider } from './widget.js'
+import { button, captioned, choice, controls, digits, element, marked, photograph, slider } from './widget.js'
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high)
 const fixed = (value, places = 2) => Math.abs(value) >= 1e5 ? value.toExponential(1) : value.toFixed(places)
 
-/** A filterbank as a picture: its N rows, the strongest pixel white. */
-function showFilters(picture, F, N, length) {
-  const largest = Math.max(...F)
-  picture.show(F.map(v => v / largest), { height: N, width: length })
+/** Values with the largest of them at 1, white. */
+const brightened = values => {
+  const largest = values.reduce((a, b) => Math.max(a, b), 1e-12)
+  return values.map(v => v / largest)
 }
 
 export default async function () {
@@ -29,19 +29,17 @@ export default async function () {
     const unit = (longest - 1) / Math.max(w.N - 1, 1)
     const { FX, FY } = filters(w, B, A), sums = F => fixed(F.subarray(0, F.length / w.N).reduce((a, b) => a + b, 0))
     const lines = [
-      ['19', 'μ<sub>X</sub><sup>i</sup> = g<sub>X</sub> + (i − N/2 − 0.5) δ', centres(w.gX)],
-      ['20', 'μ<sub>Y</sub><sup>j</sup> = g<sub>Y</sub> + (j − N/2 − 0.5) δ', centres(w.gY)],
-      ['21', 'log σ², log γ', `${fixed(Math.log(w.variance))}, ${fixed(Math.log(w.gamma))}`],
-      ['22', 'g̃<sub>X</sub> = 2 g<sub>X</sub> / (A + 1) − 1', fixed(2 * w.gX / (A + 1) - 1)],
-      ['23', 'g̃<sub>Y</sub> = 2 g<sub>Y</sub> / (B + 1) − 1', fixed(2 * w.gY / (B + 1) - 1)],
-      ['24', 'log δ̃ = log (δ (N − 1) / (max(A, B) − 1))', fixed(Math.log(w.delta / unit))],
-      ['25', 'Σ<sub>a</sub> F<sub>X</sub>[1, a]', sums(FX)],
-      ['26', 'Σ<sub>b</sub> F<sub>Y</sub>[1, b]', sums(FY)],
+      ['19', '<i>μ</i><sub>X</sub><sup><i>i</i></sup> = <i>g</i><sub>X</sub> + (<i>i</i> − <i>N</i>/2 − 0.5) <i>δ</i>', centres(w.gX)],
+      ['20', '<i>μ</i><sub>Y</sub><sup><i>j</i></sup> = <i>g</i><sub>Y</sub> + (<i>j</i> − <i>N</i>/2 − 0.5) <i>δ</i>', centres(w.gY)],
+      ['21', 'log <i>σ</i><sup>2</sup>, log <i>γ</i>', `${fixed(Math.log(w.variance))}, ${fixed(Math.log(w.gamma))}`],
+      ['22', '<i>g̃</i><sub>X</sub> = 2 <i>g</i><sub>X</sub> / (<i>A</i> + 1) − 1', fixed(2 * w.gX / (A + 1) - 1)],
+      ['23', '<i>g̃</i><sub>Y</sub> = 2 <i>g</i><sub>Y</sub> / (<i>B</i> + 1) − 1', fixed(2 * w.gY / (B + 1) - 1)],
+      ['24', '<i>δ̃</i> = <i>δ</i> (<i>N</i> − 1) / (max(<i>A</i>, <i>B</i>) − 1)', fixed(w.delta / unit)],
+      ['25', 'Sum of the first row of <i>F</i><sub>X</sub>', sums(FX)],
+      ['26', 'Sum of the first row of <i>F</i><sub>Y</sub>', sums(FY)],
     ]
     numbers.replaceChildren(...lines.flatMap(([number, formula, value]) => {
-      const term = element('dt', {}, element('span', { class: 'live-number' }, `(${number})`), ' ')
-      term.insertAdjacentHTML('beforeend', formula) // written above, nothing of the reader's
-      return [term, element('dd', {}, value)]
+      return [element('dt', {}, element('span', { class: 'live-number' }, `(${number})`), marked(formula)), element('dd', {}, value)]
     }))
   }
 
@@ -57,32 +55,26 @@ export default async function () {
     image.overlay.append(grid, frame, corner)
   }
   const show = () => {
-    const { pixels, height, width, channels } = sheet, { FX, FY } = filters(w, height, width)
+    const { pixels, height, width } = sheet, { FX, FY } = filters(w, height, width)
     image.show(pixels, sheet)
     drawWindow()
     const read = readPatch(pixels, w, height, width)
     patch.show(read, { height: w.N, width: w.N })
-    back.show(writePatch(read, w, height, width), sheet) // 1/gamma F_Y^T (gamma F_Y x F_X^T) F_X
-    showFilters(rows, FY, w.N, height)
-    showFilters(columns, FX, w.N, width)
+    back.show(brightened(writePatch(read, w, height, width)), sheet)
+    rows.show(brightened(FY), { height: w.N, width: height })
+    columns.show(brightened(FX), { height: w.N, width })
     equations()
   }
 
   // ---- What moves it
 
   const sliders = {
-    gX: slider('g_X', { min: -10, max: 40, step: 0.1, value: w.gX, format: v => fixed(v, 1) }, v => { w.gX = v; show() }),
-    gY: slider('g_Y', { min: -10, max: 40, step: 0.1, value: w.gY, format: v => fixed(v, 1) }, v => { w.gY = v; show() }),
-    delta: slider('δ', { min: 0.1, max: 20, step: 0.1, value: w.delta, format: v => fixed(v, 1) }, v => { w.delta = v; show() }),
-    variance: slider('σ²', { min: -3, max: 5, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) }, v => { w.variance = Math.exp(v); show() }),
-    gamma: slider('γ', { min: -2, max: 2, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) }, v => { w.gamma = Math.exp(v); show() }),
-    N: slider('N', { min: 1, max: 16, step: 1, value: w.N, format: String }, v => { w.N = v; show() }),
-  }
-  const names = { gX: ['g', 'X', 'column of the centre'], gY: ['g', 'Y', 'row of the centre'], delta: ['δ', '', 'stride'],
-    variance: ['σ', '', 'variance'], gamma: ['γ', '', 'intensity'], N: ['N', '', 'filters on a side'] }
-  for (const [key, [symbol, below, words]] of Object.entries(names)) {
-    const power = key === 'variance' ? element('sup', {}, '2') : ''
-    sliders[key].element.querySelector('label').replaceChildren(element('i', {}, symbol), below && element('sub', {}, below), power, ` ${words}`)
+    gX: slider(marked('Column <i>g</i><sub>X</sub>'), { min: -10, max: 40, step: 0.1, value: w.gX, format: v => fixed(v, 1) }, v => { w.gX = v; show() }),
+    gY: slider(marked('Row <i>g</i><sub>Y</sub>'), { min: -10, max: 40, step: 0.1, value: w.gY, format: v => fixed(v, 1) }, v => { w.gY = v; show() }),
+    delta: slider(marked('Stride <i>δ</i>'), { min: 0.1, max: 20, step: 0.1, value: w.delta, format: v => fixed(v, 1) }, v => { w.delta = v; show() }),
+    variance: slider(marked('Variance <i>σ</i><sup>2</sup>'), { min: -3, max: 5, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) }, v => { w.variance = Math.exp(v); show() }),
+    gamma: slider(marked('Intensity <i>γ</i>'), { min: -2, max: 2, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) }, v => { w.gamma = Math.exp(v); show() }),
+    N: slider(marked('Filters <i>N</i>'), { min: 1, max: 16, step: 1, value: w.N, format: String }, v => { w.N = v; show() }),
   }
   const move = (gX, gY) => {
     w.gX = clamp(gX, ...bounds('gX'))
@@ -186,8 +178,8 @@ export default async function () {
       element('div', {}, captioned(image, hint, 'large')),
       controls(source.element, file, element('div', { class: 'live-buttons' }, renew), ...Object.values(sliders).map(line => line.element))),
     element('div', { class: 'live-columns outcome' },
-      captioned(patch, 'The patch, γ F_Y x F_Xᵀ'), captioned(back, 'Put back, γ⁻¹ F_Yᵀ w F_X'),
-      element('div', { class: 'live-banks' }, captioned(columns, 'F_X, a filter in each row', 'wide'), captioned(rows, 'F_Y, a filter in each row', 'wide'))),
+      captioned(patch, marked('The patch, <i>γ</i> <i>F</i><sub>Y</sub> <i>x</i> <i>F</i><sub>X</sub><sup>T</sup>')), captioned(back, marked('Put back, <i>F</i><sub>Y</sub><sup>T</sup> <i>w F</i><sub>X</sub> / <i>γ</i>, the largest value white')),
+      element('div', { class: 'live-banks' }, captioned(columns, marked('<i>F</i><sub>X</sub>, a filter in each row'), 'wide'), captioned(rows, marked('<i>F</i><sub>Y</sub>, a filter in each row'), 'wide'))),
     numbers,
   ]
 }

@@ -99,7 +99,7 @@ def test_links_between_notebooks(file):
 def test_modules_import_only_upwards():
     "In this order, and data and plots use none of the model"
     data = 'data', 'images', 'digits', 'colour', 'data_sets'
-    order = *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan', 'model', 'loss', 'benchmark', 'evaluation', 'muon', 'options', 'training', 'classifier', 'reproduce', 'cli'
+    order = *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan', 'model', 'loss', 'benchmark', 'evaluation', 'muon', 'options', 'training', 'classifier', 'demo', 'reproduce', 'cli'
     allowed = {name: set(order[:i]) for i,name in enumerate(order)} | {'plots': set(), 'filterbank': set()}
     for name,above in allowed.items():
         file = ROOT/NAME/f'{name}.py'

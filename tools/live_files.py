@@ -2,7 +2,8 @@
 
     python ../tools/live_files.py live
 
-Both builders of the site run this in the folder of processed notebooks, before anything else: see `pre-render` in nbs/_quarto.yml."""
+Both builders of the site run this in the folder of processed notebooks, before anything else: see
+`pre-render` in nbs/_quarto.yml."""
 import sys
 from pathlib import Path
 from draw_nbdev.demo import live_files

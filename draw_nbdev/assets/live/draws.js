@@ -2,30 +2,53 @@
 
 import { normal } from './math.js'
 import { Picture, WRITE, probabilities } from './picture.js'
-import { Transport, button, captioned, chooser, controls, element, seedField, slider } from './widget.js'
+import {
+  Transport,
+  button,
+  captioned,
+  chooser,
+  controls,
+  element,
+  seedField,
+  slider,
+} from './widget.js'
 
 const STRIP = 8 // Pictures in the strip under the drawing
 
 /** A window in words. */
-const describe = w => w ? `Window at (${w.gX.toFixed(1)}, ${w.gY.toFixed(1)}), stride ${w.delta.toFixed(2)}, intensity ${w.gamma.toFixed(2)}` : ''
+const describe = w =>
+  w
+    ? `Window at (${w.gX.toFixed(1)}, ${w.gY.toFixed(1)}), stride ${w.delta.toFixed(2)}, intensity ${w.gamma.toFixed(2)}`
+    : ''
 
 export default async function () {
-  const drawing = new Picture('The drawing'), strip = element('div', { class: 'live-strip' }), words = element('p', { class: 'live-words' })
-  let net = null, states = []
+  const drawing = new Picture('The drawing'),
+    strip = element('div', { class: 'live-strip' }),
+    words = element('p', { class: 'live-words' })
+  let net = null,
+    states = []
 
   const show = t => {
     if (!net) return
     drawing.show(probabilities(states[t].canvas), net.config)
     drawing.windows([{ window: states[t].writeWindow, kind: WRITE }])
     drawing.label(`The drawing after step ${t} of ${states.length - 1}`)
-    words.textContent = t === 0 ? 'The canvas before the first step' : describe(states[t].writeWindow)
+    words.textContent =
+      t === 0 ? 'The canvas before the first step' : describe(states[t].writeWindow)
     for (const thumb of strip.children) thumb.classList.toggle('later', Number(thumb.value) > t)
   }
   const thumbnail = t => {
     const small = new Picture(`The drawing after step ${t}`)
     small.show(probabilities(states[t].canvas), net.config)
     small.windows([{ window: states[t].writeWindow, kind: WRITE }])
-    const thumb = button(small.element, () => { transport.stop(); transport.to(t) }, { 'aria-label': `Show step ${t}`, value: t })
+    const thumb = button(
+      small.element,
+      () => {
+        transport.stop()
+        transport.to(t)
+      },
+      { 'aria-label': `Show step ${t}`, value: t },
+    )
     thumb.append(element('span', {}, String(t)))
     return thumb
   }
@@ -35,26 +58,47 @@ export default async function () {
     states = net.generate(normal(seed.value, T * n).map(z => spread.value * z))
     transport.length(T)
     const count = Math.min(STRIP, T)
-    strip.replaceChildren(...Array.from({ length: count }, (_, k) => thumbnail(Math.round(T * (k + 1) / count))))
+    strip.replaceChildren(
+      ...Array.from({ length: count }, (_, k) => thumbnail(Math.round((T * (k + 1)) / count))),
+    )
   }
-  const again = () => { draw(); if (net) transport.restart() }
+  const again = () => {
+    draw()
+    if (net) transport.restart()
+  }
 
   const renew = button('New sample', () => seed.renew(), { class: 'live-main' })
   const transport = new Transport(show, { rate: 16, extra: [renew] })
-  const speed = slider('Speed', { min: 2, max: 60, step: 2, value: 16, format: v => `${v} steps/s` }, v => { transport.rate = v })
-  const spread = slider('Spread of z', { min: 0, max: 2, step: 0.05, value: 1, format: v => v.toFixed(2) }, () => {
-    const t = transport.t
-    draw()
-    transport.stop()
-    transport.to(t === 0 ? states.length - 1 : t)
-  })
+  const speed = slider(
+    'Speed',
+    { min: 2, max: 60, step: 2, value: 16, format: v => `${v} steps/s` },
+    v => {
+      transport.rate = v
+    },
+  )
+  const spread = slider(
+    'Spread of z',
+    { min: 0, max: 2, step: 0.05, value: 1, format: v => v.toFixed(2) },
+    () => {
+      const t = transport.t
+      draw()
+      transport.stop()
+      transport.to(t === 0 ? states.length - 1 : t)
+    },
+  )
   const seed = seedField('Seed', 0, again)
-  const networks = await chooser('draw', loaded => { net = loaded; again() })
+  const networks = await chooser('draw', loaded => {
+    net = loaded
+    again()
+  })
   networks.ready()
   return [
-    element('div', { class: 'live-columns' },
+    element(
+      'div',
+      { class: 'live-columns' },
       element('div', {}, captioned(drawing, words, 'large')),
-      controls(networks.element, transport.element, speed.element, spread.element, seed.element)),
+      controls(networks.element, transport.element, speed.element, spread.element, seed.element),
+    ),
     strip,
   ]
 }

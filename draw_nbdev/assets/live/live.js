@@ -1,8 +1,15 @@
 // Puts a widget into every element with a data-live attribute, when it comes into view.
 
-document.head.append(Object.assign(document.createElement('link'), { rel: 'stylesheet', href: new URL('live.css', import.meta.url) }))
+document.head.append(
+  Object.assign(document.createElement('link'), {
+    rel: 'stylesheet',
+    href: new URL('live.css', import.meta.url),
+  }),
+)
 
-/** Load the widget of one place. Whatever goes wrong takes one line there, and nothing elsewhere. */
+/**
+ * Load the widget of one place. Whatever goes wrong takes one line there, and nothing elsewhere.
+ */
 async function start(place) {
   place.classList.add('live')
   try {
@@ -10,19 +17,25 @@ async function start(place) {
     const content = await widget()
     place.replaceChildren(...content)
   } catch (error) {
-    const line = Object.assign(document.createElement('p'), { className: 'live-problem', textContent: error.message })
+    const line = Object.assign(document.createElement('p'), {
+      className: 'live-problem',
+      textContent: error.message,
+    })
     line.setAttribute('role', 'alert')
     place.replaceChildren(line)
   }
   place.dataset.state = 'ready'
 }
 
-const observer = new IntersectionObserver(entries => {
-  for (const { isIntersecting, target } of entries) {
-    if (!isIntersecting) continue
-    observer.unobserve(target)
-    start(target)
-  }
-}, { rootMargin: '100px' })
+const observer = new IntersectionObserver(
+  entries => {
+    for (const { isIntersecting, target } of entries) {
+      if (!isIntersecting) continue
+      observer.unobserve(target)
+      start(target)
+    }
+  },
+  { rootMargin: '100px' },
+)
 
 for (const place of document.querySelectorAll('[data-live]')) observer.observe(place)

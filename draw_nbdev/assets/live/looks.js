@@ -1,79 +1,175 @@
-// It looks for the digit: the classifier of cluttered MNIST, glimpse by glimpse (section 4.1, Figure 5).
+// It looks for the digit: the classifier of cluttered MNIST, glimpse by glimpse (section 4.1,
+// Figure 5).
 
 import { addClutter, clutteredPuzzle, softmax } from './math.js'
-import { Picture, READ, pad } from './picture.js'
-import { Transport, button, buttons, captioned, chooser, controls, digits, element, slider } from './widget.js'
+import { Picture, READ, brightened, pad } from './picture.js'
+import {
+  Transport,
+  button,
+  buttons,
+  captioned,
+  chooser,
+  controls,
+  digits,
+  element,
+  slider,
+} from './widget.js'
 
 const whole = n => Math.floor(Math.random() * n)
 
 export default async function () {
-  const examples = await digits(), images = examples.map(({ pixels }) => pixels)
-  const puzzle = new Picture('The puzzle'), patch = new Picture('What it sees'), verdict = element('p', { class: 'live-words', 'aria-live': 'polite' })
+  const examples = await digits(),
+    images = examples.map(({ pixels }) => pixels)
+  const puzzle = new Picture('The puzzle'),
+    patch = new Picture('What it sees'),
+    verdict = element('p', { class: 'live-words', 'aria-live': 'polite' })
   const body = element('tbody')
-  let net = null, sheet = null, label = null, states = []
+  let net = null,
+    sheet = null,
+    label = null,
+    states = []
 
   const fresh = () => {
-    const { height, width } = net.config, own = whole(examples.length)
+    const { height, width } = net.config,
+      own = whole(examples.length)
     label = examples[own].label
     sheet = clutteredPuzzle(images, own, 28, height, width, whole)
   }
   const look = () => {
     states = net.look(sheet)
     transport.length(states.length)
-    body.replaceChildren(...states.map(({ logits }, t) => {
-      const p = softmax(logits), best = p.indexOf(Math.max(...p))
-      const cells = Array.from(p, (value, k) => element('td', {
-        style: `--share: ${(100 * value).toFixed(1)}%`, class: k === best && 'best', title: `glimpse ${t + 1}: ${k} with ${(100 * value).toFixed(1)} %` },
-      element('span', {}, Math.round(100 * value))))
-      return element('tr', {}, element('th', { scope: 'row' }, t + 1), ...cells)
-    }))
+    body.replaceChildren(
+      ...states.map(({ logits }, t) => {
+        const p = softmax(logits),
+          best = p.indexOf(Math.max(...p))
+        const cells = Array.from(p, (value, k) =>
+          element(
+            'td',
+            {
+              style: `--share: ${(100 * value).toFixed(1)}%`,
+              class: k === best && 'best',
+              title: `glimpse ${t + 1}: ${k} with ${(100 * value).toFixed(1)} %`,
+            },
+            element('span', {}, Math.round(100 * value)),
+          ),
+        )
+        return element('tr', {}, element('th', { scope: 'row' }, t + 1), ...cells)
+      }),
+    )
   }
-  const again = () => { if (net) { look(); transport.restart() } }
+  const again = () => {
+    if (net) {
+      look()
+      transport.restart()
+    }
+  }
 
   const show = t => {
     if (!net) return
-    const { height, width, read_size: N } = net.config, state = states[t - 1], p = softmax(state.logits), best = p.indexOf(Math.max(...p))
+    const { height, width, read_size: N } = net.config,
+      state = states[t - 1],
+      p = softmax(state.logits),
+      best = p.indexOf(Math.max(...p))
     puzzle.show(sheet, { height, width })
-    puzzle.windows(states.slice(0, t).map(({ window }, k) => ({ window, kind: READ, faint: k < t - 1 })))
-    patch.show(state.patch.map(v => v / state.window.gamma), { height: N, width: N })
-    patch.label(`What it sees at glimpse ${t}`);
-    [...body.children].forEach((line, k) => { line.classList.toggle('later', k >= t); line.classList.toggle('current', k === t - 1) })
+    puzzle.windows(
+      states.slice(0, t).map(({ window }, k) => ({ window, kind: READ, faint: k < t - 1 })),
+    )
+    patch.show(brightened(state.patch), { height: N, width: N })
+    patch.label(`What it sees at glimpse ${t}`)
+    ;[...body.children].forEach((line, k) => {
+      line.classList.toggle('later', k >= t)
+      line.classList.toggle('current', k === t - 1)
+    })
     const truth = label === null ? '' : ` It is a ${label}.`
     verdict.textContent = `After ${t} glimpse${t > 1 ? 's' : ''} it says ${best}, with ${(100 * p[best]).toFixed(0)} %.${t === states.length ? truth : ''}`
   }
 
   pad(puzzle, () => ({ pixels: sheet, ...net.config }), {
-    begin: () => { transport.stop(); puzzle.windows([]); label = null },
+    begin: () => {
+      transport.stop()
+      puzzle.windows([])
+      label = null
+    },
     change: () => puzzle.show(sheet, net.config),
     end: again,
   })
-  const transport = new Transport(show, { rate: 2, first: 1 })
-  const speed = slider('Speed', { min: 1, max: 10, step: 1, value: 2, format: v => `${v} glimpses/s` }, v => { transport.rate = v })
+  const transport = new Transport(show, { rate: 2, first: 1, name: 'Glimpse' })
+  const speed = slider(
+    'Speed',
+    { min: 1, max: 10, step: 1, value: 2, format: v => `${v} glimpses/s` },
+    v => {
+      transport.rate = v
+    },
+  )
   const make = buttons(
-    button('New puzzle', () => { if (net) { fresh(); again() } }, { class: 'live-main' }),
-    button('Empty sheet', () => { if (net) { sheet.fill(0); label = null; again(); transport.stop(); transport.to(1) } }),
+    button(
+      'New puzzle',
+      () => {
+        if (net) {
+          fresh()
+          again()
+        }
+      },
+      { class: 'live-main' },
+    ),
+    button('Empty sheet', () => {
+      if (net) {
+        sheet.fill(0)
+        label = null
+        again()
+        transport.stop()
+        transport.to(1)
+      }
+    }),
     button('Add clutter', () => {
       if (!net) return
       sheet = addClutter(sheet, net.config.height, net.config.width, images, 28, whole)
       again()
-    }))
-  const networks = await chooser('classifier', loaded => {
-    const same = net && net.config.height === loaded.config.height && net.config.width === loaded.config.width
-    net = loaded
-    if (!same) fresh()
-    again()
-  }, model => model.channels === 1)
+    }),
+  )
+  const networks = await chooser(
+    'classifier',
+    loaded => {
+      const same =
+        net &&
+        net.config.height === loaded.config.height &&
+        net.config.width === loaded.config.width
+      net = loaded
+      if (!same) fresh()
+      again()
+    },
+    model => model.channels === 1,
+  )
   networks.ready()
 
   const heads = Array.from({ length: 10 }, (_, k) => element('th', { scope: 'col' }, k))
   return [
-    element('div', { class: 'live-columns' },
-      element('div', {}, captioned(puzzle, 'A digit among scraps of others. Draw on it to make your own', 'large')),
-      element('div', {},
+    element(
+      'div',
+      { class: 'live-columns' },
+      element(
+        'div',
+        {},
+        captioned(puzzle, 'A digit among scraps of others. Draw on it to make your own', 'large'),
+      ),
+      element(
+        'div',
+        {},
         controls(networks.element, make, transport.element, speed.element),
-        element('div', { class: 'live-glance' }, captioned(patch, 'What it sees'),
-          element('table', { class: 'live-table' }, element('caption', {}, 'Probability of each class in per cent, after every glimpse'),
-            element('thead', {}, element('tr', {}, element('th', { scope: 'col' }, 't'), ...heads)), body)),
-        verdict)),
+        element(
+          'div',
+          { class: 'live-glance' },
+          captioned(patch, 'What it sees'),
+          element(
+            'table',
+            { class: 'live-table' },
+            element('caption', {}, 'Probability of each class in per cent, after every glimpse'),
+            element('thead', {}, element('tr', {}, element('th', { scope: 'col' }, 't'), ...heads)),
+            body,
+          ),
+        ),
+        verdict,
+      ),
+    ),
   ]
 }

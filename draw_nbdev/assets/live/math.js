@@ -1,7 +1,9 @@
-// The mathematics of DRAW (Gregor et al. 2015, arXiv 1502.04623), in the paper's symbols and with its equation numbers.
+// The mathematics of DRAW (Gregor et al. 2015, arXiv 1502.04623), in the paper's symbols and with
+// its equation numbers.
 //
-// Numbers live in Float32Arrays, matrices row after row, images channel after channel. Pixels are counted from 1, as in the paper.
-// A network goes from one state to the next; states are never changed, so that every step of a drawing can be kept and shown.
+// Numbers live in Float32Arrays, matrices row after row, images channel after channel. Pixels are
+// counted from 1, as in the paper. A network goes from one state to the next; states are never
+// changed, so that every step of a drawing can be kept and shown.
 
 import { Tensors, kindOf, readSafetensors } from './weights.js'
 
@@ -17,10 +19,17 @@ export class Linear {
   }
 
   apply(x) {
-    const { W, b } = this, n = x.length, y = new Float32Array(b.length)
+    const { W, b } = this,
+      n = x.length,
+      y = new Float32Array(b.length)
     for (let i = 0, k = 0; i < y.length; i++) {
-      let s0 = b[i], s1 = 0, s2 = 0, s3 = 0, j = 0
-      for (; j + 3 < n; j += 4, k += 4) { // four sums at once, which the processor adds side by side
+      let s0 = b[i],
+        s1 = 0,
+        s2 = 0,
+        s3 = 0,
+        j = 0
+      for (; j + 3 < n; j += 4, k += 4) {
+        // four sums at once, which the processor adds side by side
         s0 += W[k] * x[j]
         s1 += W[k + 1] * x[j + 1]
         s2 += W[k + 2] * x[j + 2]
@@ -37,29 +46,37 @@ export class Linear {
 export function concat(...vectors) {
   const joined = new Float32Array(vectors.reduce((length, vector) => length + vector.length, 0))
   let at = 0
-  for (const vector of vectors) { joined.set(vector, at); at += vector.length }
+  for (const vector of vectors) {
+    joined.set(vector, at)
+    at += vector.length
+  }
   return joined
 }
 
 /** LN: to mean 0 and variance 1 over a vector, then scaled and shifted. */
 export function layerNorm(x, weight, bias) {
-  let mean = 0, variance = 0
+  let mean = 0,
+    variance = 0
   for (const v of x) mean += v / x.length
   for (const v of x) variance += (v - mean) ** 2 / x.length
-  return x.map((v, i) => (v - mean) / Math.sqrt(variance + 1e-5) * weight[i] + bias[i])
+  return x.map((v, i) => ((v - mean) / Math.sqrt(variance + 1e-5)) * weight[i] + bias[i])
 }
 
 /** An LSTM with forget gates (section 2.1), gates in the order input, forget, cell, output. */
 export class LSTM {
   constructor(tensors, name, inputs, hidden, normalised = false) {
     this.gates = new Linear(tensors, `${name}.gates`, inputs + hidden, 4 * hidden)
-    this.norm = normalised && ['weight', 'bias'].map(part => tensors.take(`${name}.norm.${part}`, hidden))
+    this.norm =
+      normalised && ['weight', 'bias'].map(part => tensors.take(`${name}.norm.${part}`, hidden))
   }
 
   /** From an input and the state [h, cell] to the next state. */
   apply(input, [h, cell]) {
-    const n = h.length, gates = this.gates.apply(concat(input, h))
-    const next = cell.map((c, k) => sigmoid(gates[n + k]) * c + sigmoid(gates[k]) * Math.tanh(gates[2 * n + k]))
+    const n = h.length,
+      gates = this.gates.apply(concat(input, h))
+    const next = cell.map(
+      (c, k) => sigmoid(gates[n + k]) * c + sigmoid(gates[k]) * Math.tanh(gates[2 * n + k]),
+    )
     const shown = this.norm ? layerNorm(next, ...this.norm) : next
     return [shown.map((c, k) => sigmoid(gates[3 * n + k]) * Math.tanh(c)), next]
   }
@@ -69,13 +86,19 @@ export class LSTM {
 
 const LIMITS = [1e3, 1e3, 17, 10, 17] // Of g~_X, g~_Y, log sigma^2, log delta~ and log gamma, as in the package's filterbank.py
 
-/** Eqs 21-24: five unconstrained numbers (g~_X, g~_Y, log sigma^2, log delta~, log gamma) become a window of N x N filters. */
-export function attentionWindow(parameters, N, B, A) { // B the image's height, A its width
-  const [gX, gY, logVariance, logDelta, logGamma] = Array.from(parameters, (v, i) => Math.min(Math.max(v, -LIMITS[i]), LIMITS[i]))
+/**
+ * Eqs 21-24: five unconstrained numbers (g~_X, g~_Y, log sigma^2, log delta~, log gamma) become a
+ * window of N x N filters.
+ */
+export function attentionWindow(parameters, N, B, A) {
+  // B the image's height, A its width
+  const [gX, gY, logVariance, logDelta, logGamma] = Array.from(parameters, (v, i) =>
+    Math.min(Math.max(v, -LIMITS[i]), LIMITS[i]),
+  )
   return {
-    gX: (A + 1) / 2 * (gX + 1), // Eq. 22
-    gY: (B + 1) / 2 * (gY + 1), // Eq. 23
-    delta: (Math.max(A, B) - 1) / Math.max(N - 1, 1) * Math.exp(logDelta), // Eq. 24
+    gX: ((A + 1) / 2) * (gX + 1), // Eq. 22
+    gY: ((B + 1) / 2) * (gY + 1), // Eq. 23
+    delta: ((Math.max(A, B) - 1) / Math.max(N - 1, 1)) * Math.exp(logDelta), // Eq. 24
     variance: Math.exp(logVariance),
     gamma: Math.exp(logGamma),
     N,
@@ -87,10 +110,12 @@ export const filterCentre = (g, delta, N, i) => g + (i - N / 2 - 0.5) * delta
 
 /** Eqs 25, 26: N Gaussians on pixels 1..length, a row for each, every row summing to 1. */
 export function filterbank(g, delta, variance, N, length) {
-  const F = new Float32Array(N * length), exponents = new Float64Array(length)
+  const F = new Float32Array(N * length),
+    exponents = new Float64Array(length)
   for (let i = 0; i < N; i++) {
     const mu = filterCentre(g, delta, N, i + 1)
-    let largest = -Infinity, Z = 0
+    let largest = -Infinity,
+      Z = 0
     for (let a = 0; a < length; a++) {
       exponents[a] = -((a + 1 - mu) ** 2) / (2 * variance)
       largest = Math.max(largest, exponents[a])
@@ -102,12 +127,19 @@ export function filterbank(g, delta, variance, N, length) {
 }
 
 /** Both filterbanks of a window on an image of height B and width A. */
-export const filters = ({ gX, gY, delta, variance, N }, B, A) =>
-  ({ FY: filterbank(gY, delta, variance, N, B), FX: filterbank(gX, delta, variance, N, A) })
+export const filters = ({ gX, gY, delta, variance, N }, B, A) => ({
+  FY: filterbank(gY, delta, variance, N, B),
+  FX: filterbank(gX, delta, variance, N, A),
+})
 
-/** Matrix product of (rows x inner) and (inner x columns); `right` may be given turned, as (columns x inner). */
+/**
+ * Matrix product of (rows x inner) and (inner x columns); `right` may be given turned, as (columns
+ * x inner).
+ */
 function product(left, right, rows, inner, columns, turned = false) {
-  const out = new Float32Array(rows * columns), across = turned ? 1 : columns, down = turned ? inner : 1
+  const out = new Float32Array(rows * columns),
+    across = turned ? 1 : columns,
+    down = turned ? inner : 1
   for (let i = 0; i < rows; i++)
     for (let j = 0; j < columns; j++) {
       let sum = 0
@@ -120,7 +152,8 @@ function product(left, right, rows, inner, columns, turned = false) {
 /** A matrix turned over. */
 function transposed(matrix, rows, columns) {
   const out = new Float32Array(matrix.length)
-  for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) out[j * rows + i] = matrix[i * columns + j]
+  for (let i = 0; i < rows; i++)
+    for (let j = 0; j < columns; j++) out[j * rows + i] = matrix[i * columns + j]
   return out
 }
 
@@ -133,23 +166,42 @@ function eachChannel(image, size, apply) {
 
 /** Eq. 27 for one image: gamma F_Y x F_X^T, an N x N patch for each channel. */
 export function readPatch(image, window, B, A) {
-  const { N, gamma } = window, { FY, FX } = filters(window, B, A)
-  return eachChannel(image, B * A, x => product(product(FY, x, N, B, A), FX, N, A, N, true)).map(v => gamma * v)
+  const { N, gamma } = window,
+    { FY, FX } = filters(window, B, A)
+  return eachChannel(image, B * A, x => product(product(FY, x, N, B, A), FX, N, A, N, true)).map(
+    v => gamma * v,
+  )
 }
 
 /** Eq. 29: 1/gamma F_Y^T w F_X, a picture of height B and width A for each channel. */
 export function writePatch(patch, window, B, A) {
-  const { N, gamma } = window, { FY, FX } = filters(window, B, A), FYT = transposed(FY, N, B)
-  return eachChannel(patch, N * N, w => product(FYT, product(w, FX, N, N, A), B, N, A)).map(v => v / gamma)
+  const { N, gamma } = window,
+    { FY, FX } = filters(window, B, A),
+    FYT = transposed(FY, N, B)
+  return eachChannel(patch, N * N, w => product(FYT, product(w, FX, N, N, A), B, N, A)).map(
+    v => v / gamma,
+  )
 }
 
 // ---- The network (sections 2.1 to 2.3)
 
-/** Deep Recurrent Attentive Writer. `tensors` as from `readSafetensors`; throws an `Error` where they do not fit the configuration. */
+/**
+ * Deep Recurrent Attentive Writer. `tensors` as from `readSafetensors`; throws an `Error` where
+ * they do not fit the configuration.
+ */
 export class DRAW {
   constructor(config, tensors) {
-    const c = this.config = config, named = new Tensors(tensors)
-    const { height: B, width: A, channels, hidden_size: h, latent_size: z, read_size: N, write_size: M } = c
+    const c = (this.config = config),
+      named = new Tensors(tensors)
+    const {
+      height: B,
+      width: A,
+      channels,
+      hidden_size: h,
+      latent_size: z,
+      read_size: N,
+      write_size: M,
+    } = c
     this.pixels = channels * B * A
     if (c.attention) {
       this.readWindow = new Linear(named, 'read.window', h, 5)
@@ -170,9 +222,14 @@ export class DRAW {
   }
 
   /** The state before the first step: c_0 and the learned beginnings of both LSTMs. */
-  start() { return this.first }
+  start() {
+    return this.first
+  }
 
-  /** Eqs 17, 21, 27: what the encoder is given of the image x and the error image x^ = x - sigma(c), and through which window. */
+  /**
+   * Eqs 17, 21, 27: what the encoder is given of the image x and the error image x^ = x - sigma(c),
+   * and through which window.
+   */
   read(x, xHat, hDec) {
     if (!this.config.attention) return { reading: concat(x, xHat), readWindow: null }
     const { height: B, width: A, read_size: N } = this.config
@@ -195,28 +252,36 @@ export class DRAW {
     return { ...state, decoder, canvas: state.canvas.map((c, i) => c + update[i]), writeWindow }
   }
 
-  /** Eqs 3-8: one glimpse at the image x. `noise` is standard normal, one number for each of z_t. */
+  /**
+   * Eqs 3-8: one glimpse at the image x. `noise` is standard normal, one number for each of z_t.
+   */
   glimpse(state, x, noise) {
     const xHat = x.map((v, i) => v - sigmoid(state.canvas[i])) // Eq. 3
     const { reading, readWindow } = this.read(x, xHat, state.decoder[0]) // Eq. 4
     const encoder = this.encoder.apply(concat(reading, state.decoder[0]), state.encoder) // Eq. 5
-    const both = this.posterior.apply(encoder[0]), n = noise.length
-    const mu = both.subarray(0, n), logSigma = both.subarray(n) // Eqs 1, 2
+    const both = this.posterior.apply(encoder[0]),
+      n = noise.length
+    const mu = both.subarray(0, n),
+      logSigma = both.subarray(n) // Eqs 1, 2
     const z = mu.map((m, i) => m + Math.exp(logSigma[i]) * noise[i]) // Eq. 6
     return { ...this.draw({ ...state, encoder }, z), xHat, reading, readWindow, mu, logSigma, z }
   }
 
   /** All states of a sample: `noise` holds z_1..z_T, drawn from the prior (Eq. 13). */
   generate(noise) {
-    const states = [this.start()], n = this.config.latent_size
-    for (let at = 0; at < noise.length; at += n) states.push(this.draw(states.at(-1), noise.subarray(at, at + n)))
+    const states = [this.start()],
+      n = this.config.latent_size
+    for (let at = 0; at < noise.length; at += n)
+      states.push(this.draw(states.at(-1), noise.subarray(at, at + n)))
     return states
   }
 
   /** All states while the image x is read and drawn again. */
   reconstruct(x, noise) {
-    const states = [this.start()], n = this.config.latent_size
-    for (let at = 0; at < noise.length; at += n) states.push(this.glimpse(states.at(-1), x, noise.subarray(at, at + n)))
+    const states = [this.start()],
+      n = this.config.latent_size
+    for (let at = 0; at < noise.length; at += n)
+      states.push(this.glimpse(states.at(-1), x, noise.subarray(at, at + n)))
     return states
   }
 }
@@ -225,16 +290,23 @@ export class DRAW {
 
 /** Eq. 9: L^x, the cross-entropy of the pixels x in 0..1 under the canvas, summed over them. */
 export const reconstructionLoss = (canvas, x) =>
-  canvas.reduce((sum, c, i) => sum + Math.max(c, 0) - c * x[i] + Math.log1p(Math.exp(-Math.abs(c))), 0)
+  canvas.reduce(
+    (sum, c, i) => sum + Math.max(c, 0) - c * x[i] + Math.log1p(Math.exp(-Math.abs(c))),
+    0,
+  )
 
 /** Eqs 10, 11, one step: L^z_t, the divergence of the posterior from the standard normal prior. */
 export const klDivergence = (mu, logSigma) =>
   mu.reduce((sum, m, i) => sum + (m * m + Math.exp(2 * logSigma[i]) - 2 * logSigma[i] - 1) / 2, 0)
 
-/** Eq. 12 from the states of a reconstruction: L^x after the last step, L^z_t of every step, and their sum. */
+/**
+ * Eq. 12 from the states of a reconstruction: L^x after the last step, L^z_t of every step, and
+ * their sum.
+ */
 export function bound(states, x) {
   const perStep = states.slice(1).map(({ mu, logSigma }) => klDivergence(mu, logSigma))
-  const latent = perStep.reduce((a, b) => a + b, 0), reconstruction = reconstructionLoss(states.at(-1).canvas, x)
+  const latent = perStep.reduce((a, b) => a + b, 0),
+    reconstruction = reconstructionLoss(states.at(-1).canvas, x)
   return { total: reconstruction + latent, reconstruction, latent, perStep }
 }
 
@@ -242,15 +314,20 @@ export function bound(states, x) {
 
 /** Exponentials that sum to one. */
 export function softmax(logits) {
-  const largest = Math.max(...logits), powers = Float64Array.from(logits, v => Math.exp(v - largest))
+  const largest = Math.max(...logits),
+    powers = Float64Array.from(logits, v => Math.exp(v - largest))
   const Z = powers.reduce((a, b) => a + b, 0)
   return powers.map(v => v / Z)
 }
 
-/** Differentiable RAM: an LSTM that looks at an image through a window of its own choice, and names a class after every glimpse. */
+/**
+ * Differentiable RAM: an LSTM that looks at an image through a window of its own choice, and names
+ * a class after every glimpse.
+ */
 export class Classifier {
   constructor(config, tensors) {
-    const named = new Tensors(tensors), { channels, hidden_size: h, read_size: N, classes } = this.config = config
+    const named = new Tensors(tensors),
+      { channels, hidden_size: h, read_size: N, classes } = (this.config = config)
     this.window = new Linear(named, 'window', h, 5)
     this.lstm = new LSTM(named, 'lstm', channels * N * N, h)
     this.classes = new Linear(named, 'classes', h, classes)
@@ -259,10 +336,14 @@ export class Classifier {
     named.done()
   }
 
-  /** One glimpse: the window that the state chose, the patch seen through it, and the logits of the classes. */
+  /**
+   * One glimpse: the window that the state chose, the patch seen through it, and the logits of the
+   * classes.
+   */
   glimpse(state, x) {
     const { height: B, width: A, read_size: N } = this.config
-    const window = attentionWindow(this.window.apply(state.lstm[0]), N, B, A), patch = readPatch(x, window, B, A)
+    const window = attentionWindow(this.window.apply(state.lstm[0]), N, B, A),
+      patch = readPatch(x, window, B, A)
     const lstm = this.lstm.apply(patch, state.lstm)
     return { lstm, window, patch, logits: this.classes.apply(lstm[0]) }
   }
@@ -270,7 +351,8 @@ export class Classifier {
   /** All glimpses at an image. */
   look(x) {
     const states = []
-    for (let t = 0; t < this.config.glimpses; t++) states.push(this.glimpse(states.at(-1) ?? this.first, x))
+    for (let t = 0; t < this.config.glimpses; t++)
+      states.push(this.glimpse(states.at(-1) ?? this.first, x))
     return states
   }
 }
@@ -287,35 +369,44 @@ export function network(config, buffer) {
 export function uniform(seed) {
   let a = seed >>> 0
   return () => {
-    a = a + 0x6D2B79F5 >>> 0
-    let t = Math.imul(a ^ a >>> 15, a | 1)
-    t = t + Math.imul(t ^ t >>> 7, t | 61) ^ t
-    return ((t ^ t >>> 14) >>> 0) / 2 ** 32
+    a = (a + 0x6d2b79f5) >>> 0
+    let t = Math.imul(a ^ (a >>> 15), a | 1)
+    t = (t + Math.imul(t ^ (t >>> 7), t | 61)) ^ t
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32
   }
 }
 
 /** `count` standard normal numbers that a seed decides (Box and Muller). */
 export function normal(seed, count) {
-  const random = uniform(seed), values = new Float32Array(count)
+  const random = uniform(seed),
+    values = new Float32Array(count)
   for (let i = 0; i < count; i += 2) {
-    const radius = Math.sqrt(-2 * Math.log(1 - random())), angle = 2 * Math.PI * random()
+    const radius = Math.sqrt(-2 * Math.log(1 - random())),
+      angle = 2 * Math.PI * random()
     values[i] = radius * Math.cos(angle)
     if (i + 1 < count) values[i + 1] = radius * Math.sin(angle)
   }
   return values
 }
 
-/** Between two independent noises, on the arc on which the blend stays standard normal: share 0 gives a, share 1 gives b. */
+/**
+ * Between two independent noises, on the arc on which the blend stays standard normal: share 0
+ * gives a, share 1 gives b.
+ */
 export function blend(a, b, share) {
-  const angle = share * Math.PI / 2
+  const angle = (share * Math.PI) / 2
   return a.map((v, i) => Math.cos(angle) * v + Math.sin(angle) * b[i])
 }
 
 // ---- Puzzles of cluttered MNIST (section 4.1)
 
-export const CLUTTER = 8, CLUTTER_SIDE = 8 // Crops of other digits, and their side in pixels
+export const CLUTTER = 8,
+  CLUTTER_SIDE = 8 // Crops of other digits, and their side in pixels
 
-/** Add a square of `side` pixels, cut from a digit at (row, column), to an image at another place, and clip at 1. */
+/**
+ * Add a square of `side` pixels, cut from a digit at (row, column), to an image at another place,
+ * and clip at 1.
+ */
 function paste(image, width, digit, digitSide, side, [fromRow, fromColumn], [row, column]) {
   for (let i = 0; i < side; i++)
     for (let j = 0; j < side; j++) {
@@ -324,7 +415,9 @@ function paste(image, width, digit, digitSide, side, [fromRow, fromColumn], [row
     }
 }
 
-/** Strew crops of digits over a copy of an image. `whole(n)` gives a whole number from 0 to n - 1. */
+/**
+ * Strew crops of digits over a copy of an image. `whole(n)` gives a whole number from 0 to n - 1.
+ */
 export function addClutter(image, height, width, digits, side, whole) {
   const cluttered = image.slice()
   for (let k = 0; k < CLUTTER; k++) {
@@ -339,6 +432,14 @@ export function addClutter(image, height, width, digits, side, whole) {
 export function clutteredPuzzle(digits, own, side, height, width, whole) {
   const others = digits.filter((_, k) => k !== own)
   const image = addClutter(new Float32Array(height * width), height, width, others, side, whole)
-  paste(image, width, digits[own], side, side, [0, 0], [whole(height - side + 1), whole(width - side + 1)])
+  paste(
+    image,
+    width,
+    digits[own],
+    side,
+    side,
+    [0, 0],
+    [whole(height - side + 1), whole(width - side + 1)],
+  )
   return image
 }

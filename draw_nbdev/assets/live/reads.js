@@ -2,36 +2,72 @@
 
 import { klDivergence, normal, reconstructionLoss } from './math.js'
 import { Bars, Picture, READ, WRITE, pad, probabilities, signed } from './picture.js'
-import { Transport, button, buttons, captioned, chooser, controls, digits, element, seedField, slider } from './widget.js'
+import {
+  Transport,
+  button,
+  captioned,
+  chooser,
+  controls,
+  digits,
+  element,
+  seedField,
+  slider,
+} from './widget.js'
 
 const nats = value => `${value.toFixed(1)} nats`
 
 export default async function () {
   const examples = await digits()
-  const paper = new Picture('Your drawing'), drawing = new Picture('Its drawing')
-  const seen = new Picture('The patch of the image'), missed = new Picture('The patch of the error image'), errors = new Picture('The error image')
+  const paper = new Picture('Your drawing'),
+    drawing = new Picture('Its drawing')
+  const seen = new Picture('The patch of the image'),
+    missed = new Picture('The patch of the error image'),
+    errors = new Picture('The error image')
   const bars = new Bars('Nats of each step')
-  const terms = Object.fromEntries(['reconstruction', 'KL', 'sum'].map(name => [name, element('output')]))
+  const terms = Object.fromEntries(
+    ['reconstruction', 'KL', 'sum'].map(name => [name, element('output')]),
+  )
   const verdict = element('p', { class: 'live-words' })
-  let net = null, binary = true, sheet = null, own = false, states = [], kl = []
+  let net = null,
+    binary = true,
+    sheet = null,
+    own = false,
+    states = [],
+    kl = []
 
   /** What the network gets: 0 or 1 if it was trained on such images. */
-  const image = () => binary ? sheet.map(v => Number(v > 0.5)) : sheet
+  const image = () => (binary ? sheet.map(v => Number(v > 0.5)) : sheet)
   const read = () => {
     const { glimpses: T, latent_size: n } = net.config
     states = net.reconstruct(image(), normal(seed.value, T * n))
     kl = states.slice(1).map(({ mu, logSigma }) => klDivergence(mu, logSigma))
     transport.length(T)
   }
-  const again = () => { if (net) { read(); transport.restart() } }
+  const again = () => {
+    if (net) {
+      read()
+      transport.restart()
+    }
+  }
 
-  const patch = (picture, part, toGrey) => { // Reading without the factor gamma: what the filters see
-    const { read_size: N, channels } = net.config, size = channels * N * N, values = part.readWindow && part.reading.map(v => v / part.readWindow.gamma)
-    if (values) picture.show(toGrey(picture === seen ? values.subarray(0, size) : values.subarray(size)), { height: N, width: N })
+  const patch = (picture, part, toGrey) => {
+    // Reading without the factor gamma: what the filters see
+    const { read_size: N, channels } = net.config,
+      size = channels * N * N,
+      values = part.readWindow && part.reading.map(v => v / part.readWindow.gamma)
+    if (values)
+      picture.show(toGrey(picture === seen ? values.subarray(0, size) : values.subarray(size)), {
+        height: N,
+        width: N,
+      })
   }
   const show = t => {
     if (!net) return
-    const { config } = net, state = states[t], next = states[Math.min(t + 1, states.length - 1)], shown = t ? state : next, x = image()
+    const { config } = net,
+      state = states[t],
+      next = states[Math.min(t + 1, states.length - 1)],
+      shown = t ? state : next,
+      x = image()
     paper.show(x, config)
     paper.windows(t ? [{ window: state.readWindow, kind: READ }] : [])
     drawing.show(probabilities(state.canvas), config)
@@ -41,17 +77,29 @@ export default async function () {
     patch(seen, shown, values => values)
     patch(missed, shown, signed)
     bars.show(kl, t - 1, t)
-    const reconstruction = reconstructionLoss(state.canvas, x), latent = kl.slice(0, t).reduce((a, b) => a + b, 0)
+    const reconstruction = reconstructionLoss(state.canvas, x),
+      latent = kl.slice(0, t).reduce((a, b) => a + b, 0)
     terms.reconstruction.textContent = nats(reconstruction)
     terms.KL.textContent = nats(latent)
     terms.sum.textContent = nats(reconstruction + latent)
-    verdict.textContent = t === states.length - 1
-      ? `The bound: to send this image takes at most ${nats(reconstruction + latent)}.` : `After ${t} of ${states.length - 1} glimpses`
+    verdict.textContent =
+      t === states.length - 1
+        ? `The bound: to send this image takes at most ${nats(reconstruction + latent)}.`
+        : `After ${t} of ${states.length - 1} glimpses`
   }
 
-  const clear = () => { sheet.fill(0); own = true; paper.show(image(), net.config); paper.windows([]) }
+  const clear = () => {
+    sheet.fill(0)
+    own = true
+    paper.show(image(), net.config)
+    paper.windows([])
+  }
   pad(paper, () => ({ pixels: sheet, ...net.config }), {
-    begin: () => { transport.stop(); if (!own) clear(); paper.windows([]) },
+    begin: () => {
+      transport.stop()
+      if (!own) clear()
+      paper.windows([])
+    },
     change: () => paper.show(image(), net.config),
     end: again,
   })
@@ -60,51 +108,120 @@ export default async function () {
     const { height, width } = net.config
     sheet = new Float32Array(height * width)
     own = false
-    const both = height >= 56 && width >= 56, places = both ? [[2, 2], [height - 30, width - 30]] : [[Math.floor((height - 28) / 2), Math.floor((width - 28) / 2)]]
+    const both = height >= 56 && width >= 56,
+      places = both
+        ? [
+            [2, 2],
+            [height - 30, width - 30],
+          ]
+        : [[Math.floor((height - 28) / 2), Math.floor((width - 28) / 2)]]
     places.forEach(([top, left], j) => {
       const { pixels } = examples[(k + 37 * j) % examples.length]
       for (let i = 0; i < 28 * 28; i++) {
-        const row = top + Math.floor(i / 28), column = left + i % 28
-        if (row >= 0 && row < height && column >= 0 && column < width) sheet[row * width + column] = pixels[i]
+        const row = top + Math.floor(i / 28),
+          column = left + (i % 28)
+        if (row >= 0 && row < height && column >= 0 && column < width)
+          sheet[row * width + column] = pixels[i]
       }
     })
   }
-  const tray = element('div', { class: 'live-tray', role: 'group', 'aria-label': 'Example digits' }, ...Array.from({ length: 10 }, (_, label) => {
-    const small = new Picture(`Example of a ${label}`)
-    let turn = 0
-    const k = () => 20 * label + turn % 20
-    const face = () => small.show(examples[k()].pixels, { height: 28, width: 28 })
-    face()
-    return button(small.element, () => { if (!net) return; put(k()); turn++; face(); again() }, { 'aria-label': `Example of a ${label}` })
-  }))
+  const tray = element(
+    'div',
+    { class: 'live-tray', role: 'group', 'aria-label': 'Example digits' },
+    ...Array.from({ length: 10 }, (_, label) => {
+      const small = new Picture(`Example of a ${label}`)
+      let turn = 0
+      const k = () => 20 * label + (turn % 20)
+      const face = () => small.show(examples[k()].pixels, { height: 28, width: 28 })
+      face()
+      return button(
+        small.element,
+        () => {
+          if (!net) return
+          put(k())
+          turn++
+          face()
+          again()
+        },
+        { 'aria-label': `Example of a ${label}` },
+      )
+    }),
+  )
 
-  const transport = new Transport(show, { rate: 16, extra: [button('Clear', () => { if (!net) return; transport.stop(); clear(); read(); transport.to(0) })] })
-  const speed = slider('Speed', { min: 2, max: 60, step: 2, value: 16, format: v => `${v} steps/s` }, v => { transport.rate = v })
+  const transport = new Transport(show, {
+    rate: 16,
+    extra: [
+      button('Clear', () => {
+        if (!net) return
+        transport.stop()
+        clear()
+        read()
+        transport.to(0)
+      }),
+    ],
+  })
+  const speed = slider(
+    'Speed',
+    { min: 2, max: 60, step: 2, value: 16, format: v => `${v} steps/s` },
+    v => {
+      transport.rate = v
+    },
+  )
   const seed = seedField('Seed', 0, again)
-  const networks = await chooser('draw', (loaded, model) => {
-    const before = sheet && own && net && loaded.pixels === net.pixels ? sheet : null
-    net = loaded
-    binary = model.binary
-    if (before) sheet = before
-    else put(60)
-    for (const picture of [seen, missed]) picture.element.closest('figure').hidden = !net.config.attention
-    again()
-  }, model => model.channels === 1)
+  const networks = await chooser(
+    'draw',
+    (loaded, model) => {
+      const before = sheet && own && net && loaded.pixels === net.pixels ? sheet : null
+      net = loaded
+      binary = model.binary
+      if (before) sheet = before
+      else put(60)
+      for (const picture of [seen, missed])
+        picture.element.closest('figure').hidden = !net.config.attention
+      again()
+    },
+    model => model.channels === 1,
+  )
   networks.ready()
 
   return [
-    element('div', { class: 'live-columns three' },
+    element(
+      'div',
+      { class: 'live-columns pair' },
       element('div', {}, captioned(paper, 'Draw here. Green: where it looks', 'large'), tray),
       element('div', {}, captioned(drawing, 'Its drawing. Red: where it writes', 'large')),
-      controls(networks.element, transport.element, speed.element, seed.element)),
-    element('div', { class: 'live-columns below' },
-      element('div', { class: 'live-patches' }, captioned(seen, 'Patch of the image'), captioned(missed, 'Patch of the errors'), captioned(errors, 'Error image')),
-      element('div', { class: 'live-account' },
-        element('p', { class: 'live-legend' }, 'Nats of each step, KL(Q ∥ P)'), bars.element,
-        element('dl', {},
-          element('dt', {}, 'Reconstruction so far'), element('dd', {}, terms.reconstruction),
-          element('dt', {}, 'KL so far'), element('dd', {}, terms.KL),
-          element('dt', {}, 'Sum'), element('dd', {}, terms.sum)),
-        verdict)),
+      controls(
+        controls(networks.element, seed.element),
+        controls(transport.element, speed.element),
+      ),
+    ),
+    element(
+      'div',
+      { class: 'live-columns pair' },
+      element(
+        'div',
+        { class: 'live-patches' },
+        captioned(seen, 'Patch of the image'),
+        captioned(missed, 'Patch of the errors'),
+        captioned(errors, 'Error image'),
+      ),
+      element(
+        'div',
+        { class: 'live-account' },
+        element('p', { class: 'live-legend' }, 'Nats of each step, KL(Q ∥ P)'),
+        bars.element,
+        element(
+          'dl',
+          {},
+          element('dt', {}, 'Reconstruction so far'),
+          element('dd', {}, terms.reconstruction),
+          element('dt', {}, 'KL so far'),
+          element('dd', {}, terms.KL),
+          element('dt', {}, 'Sum'),
+          element('dd', {}, terms.sum),
+        ),
+        verdict,
+      ),
+    ),
   ]
 }

@@ -1,8 +1,12 @@
 // A trained network as files: config.json says its sizes, model.safetensors holds its numbers.
 
-/** A half-precision number (IEEE 754: 1 sign bit, 5 of exponent, 10 of fraction) as an ordinary one. */
+/**
+ * A half-precision number (IEEE 754: 1 sign bit, 5 of exponent, 10 of fraction) as an ordinary one.
+ */
 export function halfToNumber(bits) {
-  const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023
+  const sign = bits & 0x8000 ? -1 : 1,
+    exponent = (bits >> 10) & 31,
+    fraction = bits & 1023
   if (exponent === 0) return sign * 2 ** -24 * fraction
   if (exponent === 31) return fraction ? NaN : sign * Infinity
   return sign * 2 ** (exponent - 15) * (1 + fraction / 1024)
@@ -18,7 +22,8 @@ function decode(type, bytes, name) {
 }
 
 /**
- * The tensors of a safetensors file: 8 bytes with the length of a JSON header, the header, and then the numbers.
+ * The tensors of a safetensors file: 8 bytes with the length of a JSON header, the header, and then
+ * the numbers.
  * Returns name -> { shape, data }. Throws an `Error` of one line for a damaged file.
  */
 export function readSafetensors(buffer) {
@@ -27,19 +32,27 @@ export function readSafetensors(buffer) {
   const length = Number(new DataView(buffer).getBigUint64(0, true))
   if (8 + length > buffer.byteLength) throw damaged('the file ends within its header')
   let header
-  try { header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length))) }
-  catch { throw damaged('their header is no JSON') }
+  try {
+    header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)))
+  } catch {
+    throw damaged('their header is no JSON')
+  }
   const tensors = {}
   for (const [name, entry] of Object.entries(header)) {
     if (name === '__metadata__') continue
     const { dtype, shape, data_offsets: offsets } = entry ?? {}
-    if (!Array.isArray(shape) || !Array.isArray(offsets)) throw damaged(`their header says nothing of ${name}`)
+    if (!Array.isArray(shape) || !Array.isArray(offsets))
+      throw damaged(`their header says nothing of ${name}`)
     const [from, to] = offsets.map(offset => 8 + length + offset)
     if (!(from <= to && to <= buffer.byteLength)) throw damaged(`the file ends before ${name} does`)
     let data
-    try { data = decode(dtype, buffer.slice(from, to), name) }
-    catch (error) { throw error instanceof RangeError ? damaged(`${name} is cut off`) : error }
-    if (data.length !== shape.reduce((a, b) => a * b, 1)) throw damaged(`${name} is not of shape ${shape.join(' x ')}`)
+    try {
+      data = decode(dtype, buffer.slice(from, to), name)
+    } catch (error) {
+      throw error instanceof RangeError ? damaged(`${name} is cut off`) : error
+    }
+    if (data.length !== shape.reduce((a, b) => a * b, 1))
+      throw damaged(`${name} is not of shape ${shape.join(' x ')}`)
     if (!data.every(Number.isFinite)) throw damaged(`${name} is not finite`)
     tensors[name] = { shape, data }
   }
@@ -47,34 +60,52 @@ export function readSafetensors(buffer) {
 }
 
 const SIZES = ['height', 'width', 'channels', 'glimpses', 'hidden_size', 'read_size']
-const KINDS = { // What else config.json says of each kind of network
+const KINDS = {
+  // What else config.json says of each kind of network
   draw: ['latent_size', 'write_size'],
   classifier: ['classes'],
 }
 
-/** Which network a configuration is for, 'draw' or 'classifier'; throws an `Error` for anything else. */
+/**
+ * Which network a configuration is for, 'draw' or 'classifier'; throws an `Error` for anything
+ * else.
+ */
 export function kindOf(config) {
-  const kind = config && Object.keys(KINDS).find(kind => KINDS[kind].every(field => field in config))
-  if (!kind || 'filters' in config) throw new Error('this config.json is of no network that draws or glimpses')
+  const kind =
+    config && Object.keys(KINDS).find(kind => KINDS[kind].every(field => field in config))
+  if (!kind || 'filters' in config)
+    throw new Error('this config.json is of no network that draws or glimpses')
   for (const field of [...SIZES, ...KINDS[kind]])
-    if (!Number.isInteger(config[field]) || config[field] < 1) throw new Error(`config.json: ${field} must be a whole number from 1`)
+    if (!Number.isInteger(config[field]) || config[field] < 1)
+      throw new Error(`config.json: ${field} must be a whole number from 1`)
   return kind
 }
 
-/** Takes tensors by name and shape, and at the end sees that none is left over: strict, as PyTorch's loading is. */
+/**
+ * Takes tensors by name and shape, and at the end sees that none is left over: strict, as PyTorch's
+ * loading is.
+ */
 export class Tensors {
-  constructor(tensors) { this.tensors = tensors; this.left = new Set(Object.keys(tensors)) }
+  constructor(tensors) {
+    this.tensors = tensors
+    this.left = new Set(Object.keys(tensors))
+  }
 
   take(name, ...shape) {
     const tensor = this.tensors[name]
     if (!tensor) throw new Error(`the weights do not fit their config.json: there is no ${name}`)
     if (tensor.shape.join() !== shape.join())
-      throw new Error(`the weights do not fit their config.json: ${name} is ${tensor.shape.join(' x ')}, not ${shape.join(' x ')}`)
+      throw new Error(
+        `the weights do not fit their config.json: ${name} is ${tensor.shape.join(' x ')}, not ${shape.join(' x ')}`,
+      )
     this.left.delete(name)
     return tensor.data
   }
 
   done() {
-    if (this.left.size) throw new Error(`the weights do not fit their config.json: nothing takes ${[...this.left].join(', ')}`)
+    if (this.left.size)
+      throw new Error(
+        `the weights do not fit their config.json: nothing takes ${[...this.left].join(', ')}`,
+      )
   }
 }

@@ -1,61 +1,130 @@
 // The window, to play with: one grid of filters over an image, and all that Eqs 19-26 make of it.
 
 import { filterCentre, filters, readPatch, writePatch } from './math.js'
-import { Picture, READ, pad, pixelsOf, shape } from './picture.js'
-import { button, captioned, choice, controls, digits, element, marked, photograph, slider } from './widget.js'
+import { Picture, READ, brightened, pad, pixelsOf, shape } from './picture.js'
+import {
+  button,
+  buttons,
+  captioned,
+  choice,
+  controls,
+  digits,
+  element,
+  marked,
+  photograph,
+  problem,
+  slider,
+} from './widget.js'
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high)
-const fixed = (value, places = 2) => Math.abs(value) >= 1e5 ? value.toExponential(1) : value.toFixed(places)
-
-/** Values with the largest of them at 1, white. */
-const brightened = values => {
-  const largest = values.reduce((a, b) => Math.max(a, b), 1e-12)
-  return values.map(v => v / largest)
-}
+const fixed = (value, places = 2) =>
+  Math.abs(value) >= 1e5 ? value.toExponential(1) : value.toFixed(places)
 
 export default async function () {
   const [examples, photo] = await Promise.all([digits(), photograph()])
-  const image = new Picture('The image with the window'), patch = new Picture('The patch'), back = new Picture('The patch put back')
-  const rows = new Picture('The filterbank F_Y'), columns = new Picture('The filterbank F_X')
+  const image = new Picture('The image with the window'),
+    patch = new Picture('The patch'),
+    back = new Picture('The patch put back')
+  const rows = new Picture('The filterbank F_Y'),
+    columns = new Picture('The filterbank F_X')
   const numbers = element('dl', { class: 'live-numbers' })
-  let sheet = null, drawing = false
+  let sheet = null,
+    drawing = false
   const w = { gX: 14.5, gY: 14.5, delta: 3, variance: 1, gamma: 1, N: 5 }
 
   // ---- What is shown
 
   const equations = () => {
-    const { height: B, width: A } = sheet, longest = Math.max(A, B)
+    const { height: B, width: A } = sheet,
+      longest = Math.max(A, B)
     const centres = g => [1, w.N].map(i => fixed(filterCentre(g, w.delta, w.N, i), 1)).join(' … ')
     const unit = (longest - 1) / Math.max(w.N - 1, 1)
-    const { FX, FY } = filters(w, B, A), sums = F => fixed(F.subarray(0, F.length / w.N).reduce((a, b) => a + b, 0))
+    const { FX, FY } = filters(w, B, A),
+      sums = F => fixed(F.subarray(0, F.length / w.N).reduce((a, b) => a + b, 0))
     const lines = [
-      ['19', '<i>μ</i><sub>X</sub><sup><i>i</i></sup> = <i>g</i><sub>X</sub> + (<i>i</i> − <i>N</i>/2 − 0.5) <i>δ</i>', centres(w.gX)],
-      ['20', '<i>μ</i><sub>Y</sub><sup><i>j</i></sup> = <i>g</i><sub>Y</sub> + (<i>j</i> − <i>N</i>/2 − 0.5) <i>δ</i>', centres(w.gY)],
-      ['21', 'log <i>σ</i><sup>2</sup>, log <i>γ</i>', `${fixed(Math.log(w.variance))}, ${fixed(Math.log(w.gamma))}`],
-      ['22', '<i>g̃</i><sub>X</sub> = 2 <i>g</i><sub>X</sub> / (<i>A</i> + 1) − 1', fixed(2 * w.gX / (A + 1) - 1)],
-      ['23', '<i>g̃</i><sub>Y</sub> = 2 <i>g</i><sub>Y</sub> / (<i>B</i> + 1) − 1', fixed(2 * w.gY / (B + 1) - 1)],
-      ['24', '<i>δ̃</i> = <i>δ</i> (<i>N</i> − 1) / (max(<i>A</i>, <i>B</i>) − 1)', fixed(w.delta / unit)],
+      [
+        '19',
+        '<i>μ</i><sub>X</sub><sup><i>i</i></sup> = <i>g</i><sub>X</sub> + (<i>i</i> − <i>N</i>/2 − 0.5) <i>δ</i>',
+        centres(w.gX),
+      ],
+      [
+        '20',
+        '<i>μ</i><sub>Y</sub><sup><i>j</i></sup> = <i>g</i><sub>Y</sub> + (<i>j</i> − <i>N</i>/2 − 0.5) <i>δ</i>',
+        centres(w.gY),
+      ],
+      [
+        '21',
+        'log <i>σ</i><sup>2</sup>, log <i>γ</i>',
+        `${fixed(Math.log(w.variance))}, ${fixed(Math.log(w.gamma))}`,
+      ],
+      [
+        '22',
+        '<i>g̃</i><sub>X</sub> = 2 <i>g</i><sub>X</sub> / (<i>A</i> + 1) − 1',
+        fixed((2 * w.gX) / (A + 1) - 1),
+      ],
+      [
+        '23',
+        '<i>g̃</i><sub>Y</sub> = 2 <i>g</i><sub>Y</sub> / (<i>B</i> + 1) − 1',
+        fixed((2 * w.gY) / (B + 1) - 1),
+      ],
+      [
+        '24',
+        '<i>δ̃</i> = <i>δ</i> (<i>N</i> − 1) / (max(<i>A</i>, <i>B</i>) − 1)',
+        fixed(w.delta / unit),
+      ],
       ['25', 'Sum of the first row of <i>F</i><sub>X</sub>', sums(FX)],
       ['26', 'Sum of the first row of <i>F</i><sub>Y</sub>', sums(FY)],
     ]
-    numbers.replaceChildren(...lines.flatMap(([number, formula, value]) => {
-      return [element('dt', {}, element('span', { class: 'live-number' }, `(${number})`), marked(formula)), element('dd', {}, value)]
-    }))
+    numbers.replaceChildren(
+      ...lines.flatMap(([number, formula, value]) => {
+        return [
+          element(
+            'dt',
+            {},
+            element('span', { class: 'live-number' }, `(${number})`),
+            marked(formula),
+          ),
+          element('dd', {}, value),
+        ]
+      }),
+    )
   }
 
-  const frame = shape('rect', { class: 'live-window read grip' }), grid = shape('g', { class: 'live-grid' }), corner = shape('rect', { class: 'live-corner' })
+  const frame = shape('rect', { class: 'live-window read grip' }),
+    grid = shape('g', { class: 'live-grid' }),
+    corner = shape('rect', { class: 'live-corner' })
   const drawWindow = () => {
-    const side = (w.N - 1) * w.delta, left = w.gX - side / 2, top = w.gY - side / 2, tip = sheet.width / 20
+    const side = (w.N - 1) * w.delta,
+      left = w.gX - side / 2,
+      top = w.gY - side / 2,
+      tip = sheet.width / 20
     image.windows([{ window: w, kind: READ }])
-    for (const [name, value] of Object.entries({ x: left, y: top, width: side, height: side })) frame.setAttribute(name, value)
-    for (const [name, value] of Object.entries({ x: left + side - tip / 2, y: top + side - tip / 2, width: tip, height: tip })) corner.setAttribute(name, value)
+    for (const [name, value] of Object.entries({ x: left, y: top, width: side, height: side }))
+      frame.setAttribute(name, value)
+    for (const [name, value] of Object.entries({
+      x: left + side - tip / 2,
+      y: top + side - tip / 2,
+      width: tip,
+      height: tip,
+    }))
+      corner.setAttribute(name, value)
     const centres = Array.from({ length: w.N }, (_, i) => i + 1)
-    grid.replaceChildren(...centres.flatMap(i => centres.map(j => shape('circle', {
-      cx: filterCentre(w.gX, w.delta, w.N, i), cy: filterCentre(w.gY, w.delta, w.N, j), r: sheet.width / 130 }))))
+    grid.replaceChildren(
+      ...centres.flatMap(i =>
+        centres.map(j =>
+          shape('circle', {
+            cx: filterCentre(w.gX, w.delta, w.N, i),
+            cy: filterCentre(w.gY, w.delta, w.N, j),
+            r: sheet.width / 130,
+          }),
+        ),
+      ),
+    )
     image.overlay.append(grid, frame, corner)
   }
   const show = () => {
-    const { pixels, height, width } = sheet, { FX, FY } = filters(w, height, width)
+    const { pixels, height, width } = sheet,
+      { FX, FY } = filters(w, height, width)
     image.show(pixels, sheet)
     drawWindow()
     const read = readPatch(pixels, w, height, width)
@@ -69,12 +138,56 @@ export default async function () {
   // ---- What moves it
 
   const sliders = {
-    gX: slider(marked('Column <i>g</i><sub>X</sub>'), { min: -10, max: 40, step: 0.1, value: w.gX, format: v => fixed(v, 1) }, v => { w.gX = v; show() }),
-    gY: slider(marked('Row <i>g</i><sub>Y</sub>'), { min: -10, max: 40, step: 0.1, value: w.gY, format: v => fixed(v, 1) }, v => { w.gY = v; show() }),
-    delta: slider(marked('Stride <i>δ</i>'), { min: 0.1, max: 20, step: 0.1, value: w.delta, format: v => fixed(v, 1) }, v => { w.delta = v; show() }),
-    variance: slider(marked('Variance <i>σ</i><sup>2</sup>'), { min: -3, max: 5, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) }, v => { w.variance = Math.exp(v); show() }),
-    gamma: slider(marked('Intensity <i>γ</i>'), { min: -2, max: 2, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) }, v => { w.gamma = Math.exp(v); show() }),
-    N: slider(marked('Filters <i>N</i>'), { min: 1, max: 16, step: 1, value: w.N, format: String }, v => { w.N = v; show() }),
+    gX: slider(
+      marked('Column <i>g</i><sub>X</sub>'),
+      { min: -10, max: 40, step: 0.1, value: w.gX, format: v => fixed(v, 1) },
+      v => {
+        w.gX = v
+        show()
+      },
+    ),
+    gY: slider(
+      marked('Row <i>g</i><sub>Y</sub>'),
+      { min: -10, max: 40, step: 0.1, value: w.gY, format: v => fixed(v, 1) },
+      v => {
+        w.gY = v
+        show()
+      },
+    ),
+    delta: slider(
+      marked('Stride <i>δ</i>'),
+      { min: 0.1, max: 20, step: 0.1, value: w.delta, format: v => fixed(v, 1) },
+      v => {
+        w.delta = v
+        show()
+      },
+    ),
+    variance: slider(
+      marked('Variance <i>σ</i><sup>2</sup>'),
+      { min: -3, max: 5, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) },
+      v => {
+        w.variance = Math.exp(v)
+        show()
+      },
+    ),
+    gamma: slider(
+      marked('Intensity <i>γ</i>'),
+      { min: -2, max: 2, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) },
+      v => {
+        w.gamma = Math.exp(v)
+        show()
+      },
+    ),
+    N: slider(
+      marked('Filters <i>N</i>'),
+      { min: 1, max: 16, step: 1, value: w.N, format: String },
+      count => {
+        // delta~ stays as it is, and with it the size of the window (Eq. 24)
+        if (w.N > 1 && count > 1) w.delta *= (w.N - 1) / (count - 1)
+        w.N = count
+        widen(w.delta)
+      },
+    ),
   }
   const move = (gX, gY) => {
     w.gX = clamp(gX, ...bounds('gX'))
@@ -93,22 +206,31 @@ export default async function () {
   let grip = null // What is being dragged, and from where
   const place = event => {
     const box = image.canvas.getBoundingClientRect()
-    return { x: (event.clientX - box.left) / box.width * sheet.width + 0.5, y: (event.clientY - box.top) / box.height * sheet.height + 0.5 }
+    return {
+      x: ((event.clientX - box.left) / box.width) * sheet.width + 0.5,
+      y: ((event.clientY - box.top) / box.height) * sheet.height + 0.5,
+    }
   }
   image.overlay.addEventListener('pointerdown', event => {
     if (drawing || event.button) return
     const at = place(event)
     grip = event.target === corner ? { corner: true } : { x: at.x - w.gX, y: at.y - w.gY }
-    if (event.target !== corner && event.target !== frame) { grip = { x: 0, y: 0 }; move(at.x, at.y) } // a press outside calls the window there
+    if (event.target !== corner && event.target !== frame) {
+      grip = { x: 0, y: 0 }
+      move(at.x, at.y)
+    } // a press outside calls the window there
     image.overlay.setPointerCapture(event.pointerId)
   })
   image.overlay.addEventListener('pointermove', event => {
     if (!grip) return
     const at = place(event)
-    if (grip.corner) widen(2 * Math.max(at.x - w.gX, at.y - w.gY) / Math.max(w.N - 1, 1))
+    if (grip.corner) widen((2 * Math.max(at.x - w.gX, at.y - w.gY)) / Math.max(w.N - 1, 1))
     else move(at.x - grip.x, at.y - grip.y)
   })
-  for (const name of ['pointerup', 'pointercancel']) image.overlay.addEventListener(name, () => { grip = null })
+  for (const name of ['pointerup', 'pointercancel'])
+    image.overlay.addEventListener(name, () => {
+      grip = null
+    })
   const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
   image.overlay.addEventListener('keydown', event => {
     if (drawing) return
@@ -119,8 +241,13 @@ export default async function () {
     else return
     event.preventDefault()
   })
-  for (const [name, value] of Object.entries({ tabindex: 0, role: 'application', class: 'live-grips',
-    'aria-label': 'The window. Arrow keys move it, plus and minus change its stride.' })) image.overlay.setAttribute(name, value)
+  for (const [name, value] of Object.entries({
+    tabindex: 0,
+    role: 'application',
+    class: 'live-grips',
+    'aria-label': 'The window. Arrow keys move it, plus and minus change its stride.',
+  }))
+    image.overlay.setAttribute(name, value)
   image.overlay.removeAttribute('aria-hidden')
 
   // ---- What it lies on
@@ -145,41 +272,94 @@ export default async function () {
   }
   let turn = 3
   const sources = {
-    digit: () => ({ pixels: examples[20 * (turn++ % 10)].pixels, height: 28, width: 28, channels: 1 }),
+    digit: () => ({
+      pixels: examples[20 * (turn++ % 10)].pixels,
+      height: 28,
+      width: 28,
+      channels: 1,
+    }),
     photograph: () => photo,
     own: () => ({ pixels: new Float32Array(28 * 28), height: 28, width: 28, channels: 1 }),
   }
   const use = name => {
-    const next = sources[name](), fresh = !sheet || sheet.width !== next.width
+    const next = sources[name](),
+      fresh = !sheet || sheet.width !== next.width
     drawing = name === 'own'
     image.element.classList.toggle('live-pad', drawing)
     image.element.tabIndex = drawing ? 0 : -1
     image.overlay.setAttribute('tabindex', drawing ? -1 : 0)
     renew.hidden = name !== 'digit'
-    hint.textContent = drawing ? 'Draw on the image; the sliders move the window' : 'Drag the window, or its corner'
+    hint.textContent = drawing
+      ? 'Draw on the image; the sliders move the window'
+      : 'Drag the window, or its corner'
     lay(next, fresh)
   }
-  const hint = element('span'), renew = button('Another digit', () => use('digit'))
-  const source = choice('Image', [['digit', 'A digit'], ['photograph', 'A photograph'], ['own', 'Your own drawing'], ['file', 'A picture file …']], async name => {
-    if (name === 'file') file.click()
-    else use(name)
+  const hint = element('span'),
+    renew = button('Another digit', () => use('digit'))
+  const source = choice(
+    'Image',
+    [
+      ['digit', 'A digit'],
+      ['photograph', 'A photograph'],
+      ['own', 'Your own drawing'],
+      ['file', 'A picture file …'],
+    ],
+    async name => {
+      if (name === 'file') file.click()
+      else use(name)
+    },
+  )
+  const file = element('input', {
+    type: 'file',
+    accept: 'image/*',
+    hidden: true,
+    'aria-label': 'A picture file',
+    change: async () => {
+      const picture = file.files[0] && (await createImageBitmap(file.files[0]).catch(() => null))
+      problem(panel, picture ? null : new Error('this file is no picture that the browser knows'))
+      if (!picture) return
+      sources.file = () => pixelsOf(picture, 100, 100, 3)
+      use('file')
+    },
   })
-  const file = element('input', { type: 'file', accept: 'image/*', hidden: true, 'aria-label': 'A picture file', change: async () => {
-    const image = file.files[0] && await createImageBitmap(file.files[0]).catch(() => null)
-    if (!image) return
-    sources.file = () => pixelsOf(image, 100, 100, 3)
-    use('file')
-  } })
   pad(image, () => sheet, { begin() {}, change: show, end() {}, active: () => drawing })
+  const panel = controls(
+    source.element,
+    file,
+    buttons(renew),
+    ...Object.values(sliders).map(line => line.element),
+  )
   use('digit')
 
   return [
-    element('div', { class: 'live-columns' },
+    element(
+      'div',
+      { class: 'live-columns' },
       element('div', {}, captioned(image, hint, 'large')),
-      controls(source.element, file, element('div', { class: 'live-buttons' }, renew), ...Object.values(sliders).map(line => line.element))),
-    element('div', { class: 'live-columns outcome' },
-      captioned(patch, marked('The patch, <i>γ</i> <i>F</i><sub>Y</sub> <i>x</i> <i>F</i><sub>X</sub><sup>T</sup>')), captioned(back, marked('Put back, <i>F</i><sub>Y</sub><sup>T</sup> <i>w F</i><sub>X</sub> / <i>γ</i>, the largest value white')),
-      element('div', { class: 'live-banks' }, captioned(columns, marked('<i>F</i><sub>X</sub>, a filter in each row'), 'wide'), captioned(rows, marked('<i>F</i><sub>Y</sub>, a filter in each row'), 'wide'))),
+      panel,
+    ),
+    element(
+      'div',
+      { class: 'live-columns outcome' },
+      captioned(
+        patch,
+        marked(
+          'The patch, <i>γ</i> <i>F</i><sub>Y</sub> <i>x</i> <i>F</i><sub>X</sub><sup>T</sup>',
+        ),
+      ),
+      captioned(
+        back,
+        marked(
+          'Put back, <i>F</i><sub>Y</sub><sup>T</sup> <i>w F</i><sub>X</sub> / <i>γ</i>, the largest value white',
+        ),
+      ),
+      element(
+        'div',
+        { class: 'live-banks' },
+        captioned(columns, marked('<i>F</i><sub>X</sub>, a filter in each row'), 'wide'),
+        captioned(rows, marked('<i>F</i><sub>Y</sub>, a filter in each row'), 'wide'),
+      ),
+    ),
     numbers,
   ]
 }

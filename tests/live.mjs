@@ -43,9 +43,9 @@ const run = {
       .generate(floats(noise))
       .map(state => ({ canvas: Array.from(state.canvas), window: window(state.writeWindow) })),
   reconstruct: ({ folder, noise, image }) => {
-    const x = floats(image),
-      states = network(folder).reconstruct(x, floats(noise)),
-      { total, reconstruction, latent, perStep } = math.bound(states, x)
+    const x = floats(image)
+    const states = network(folder).reconstruct(x, floats(noise))
+    const { total, reconstruction, latent, perStep } = math.bound(states, x)
     const steps = states.map(s => ({
       canvas: Array.from(s.canvas),
       mu: Array.from(s.mu ?? []),

@@ -16,12 +16,12 @@ import {
 const STRIP = 9 // Pictures in the strip from one sample to the other
 
 export default async function () {
-  const drawing = new Picture('The blend'),
-    words = element('span')
+  const drawing = new Picture('The blend')
+  const words = element('span')
   const strip = element('div', { class: 'live-strip' })
-  let net = null,
-    ends = [3, 7],
-    states = []
+  let net = null
+  let ends = [3, 7]
+  let states = []
 
   const noise = seed => normal(seed, net.config.glimpses * net.config.latent_size)
   const between = value => net.generate(blend(noise(ends[0]), noise(ends[1]), value))
@@ -56,8 +56,8 @@ export default async function () {
     if (!net) return
     strip.replaceChildren(
       ...Array.from({ length: STRIP }, (_, k) => {
-        const value = k / (STRIP - 1),
-          small = new Picture(`Blend ${k + 1} of ${STRIP}`)
+        const value = k / (STRIP - 1)
+        const small = new Picture(`Blend ${k + 1} of ${STRIP}`)
         small.show(probabilities(between(value).at(-1).canvas), net.config)
         return button(
           small.element,

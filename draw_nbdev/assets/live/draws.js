@@ -17,16 +17,14 @@ const STRIP = 8 // Pictures in the strip under the drawing
 
 /** A window in words. */
 const describe = w =>
-  w
-    ? `Window at (${w.gX.toFixed(1)}, ${w.gY.toFixed(1)}), stride ${w.delta.toFixed(2)}, intensity ${w.gamma.toFixed(2)}`
-    : ''
+  w ? `Window at (${w.gX.toFixed(1)}, ${w.gY.toFixed(1)}), stride ${w.delta.toFixed(2)}` : ''
 
 export default async function () {
-  const drawing = new Picture('The drawing'),
-    strip = element('div', { class: 'live-strip' }),
-    words = element('p', { class: 'live-words' })
-  let net = null,
-    states = []
+  const drawing = new Picture('The drawing')
+  const strip = element('div', { class: 'live-strip' })
+  const words = element('p', { class: 'live-words' })
+  let net = null
+  let states = []
 
   const show = t => {
     if (!net) return
@@ -69,13 +67,6 @@ export default async function () {
 
   const renew = button('New sample', () => seed.renew(), { class: 'live-main' })
   const transport = new Transport(show, { rate: 16, extra: [renew] })
-  const speed = slider(
-    'Speed',
-    { min: 2, max: 60, step: 2, value: 16, format: v => `${v} steps/s` },
-    v => {
-      transport.rate = v
-    },
-  )
   const spread = slider(
     'Spread of z',
     { min: 0, max: 2, step: 0.05, value: 1, format: v => v.toFixed(2) },
@@ -97,7 +88,7 @@ export default async function () {
       'div',
       { class: 'live-columns' },
       element('div', {}, captioned(drawing, words, 'large')),
-      controls(networks.element, transport.element, speed.element, spread.element, seed.element),
+      controls(networks.element, transport.element, spread.element, seed.element),
     ),
     strip,
   ]

@@ -12,26 +12,25 @@ import {
   controls,
   digits,
   element,
-  slider,
 } from './widget.js'
 
 const whole = n => Math.floor(Math.random() * n)
 
 export default async function () {
-  const examples = await digits(),
-    images = examples.map(({ pixels }) => pixels)
-  const puzzle = new Picture('The puzzle'),
-    patch = new Picture('What it sees'),
-    verdict = element('p', { class: 'live-words', 'aria-live': 'polite' })
+  const examples = await digits()
+  const images = examples.map(({ pixels }) => pixels)
+  const puzzle = new Picture('The puzzle')
+  const patch = new Picture('What it sees')
+  const verdict = element('p', { class: 'live-words', 'aria-live': 'polite' })
   const body = element('tbody')
-  let net = null,
-    sheet = null,
-    label = null,
-    states = []
+  let net = null
+  let sheet = null
+  let label = null
+  let states = []
 
   const fresh = () => {
-    const { height, width } = net.config,
-      own = whole(examples.length)
+    const { height, width } = net.config
+    const own = whole(examples.length)
     label = examples[own].label
     sheet = clutteredPuzzle(images, own, 28, height, width, whole)
   }
@@ -40,8 +39,8 @@ export default async function () {
     transport.length(states.length)
     body.replaceChildren(
       ...states.map(({ logits }, t) => {
-        const p = softmax(logits),
-          best = p.indexOf(Math.max(...p))
+        const p = softmax(logits)
+        const best = p.indexOf(Math.max(...p))
         const cells = Array.from(p, (value, k) =>
           element(
             'td',
@@ -66,10 +65,10 @@ export default async function () {
 
   const show = t => {
     if (!net) return
-    const { height, width, read_size: N } = net.config,
-      state = states[t - 1],
-      p = softmax(state.logits),
-      best = p.indexOf(Math.max(...p))
+    const { height, width, read_size: N } = net.config
+    const state = states[t - 1]
+    const p = softmax(state.logits)
+    const best = p.indexOf(Math.max(...p))
     puzzle.show(sheet, { height, width })
     puzzle.windows(
       states.slice(0, t).map(({ window }, k) => ({ window, kind: READ, faint: k < t - 1 })),
@@ -81,7 +80,9 @@ export default async function () {
       line.classList.toggle('current', k === t - 1)
     })
     const truth = label === null ? '' : ` It is a ${label}.`
-    verdict.textContent = `After ${t} glimpse${t > 1 ? 's' : ''} it says ${best}, with ${(100 * p[best]).toFixed(0)} %.${t === states.length ? truth : ''}`
+    const glimpses = t === 1 ? 'one glimpse' : `${t} glimpses`
+    const said = `After ${glimpses} it says ${best}, with ${(100 * p[best]).toFixed(0)} %.`
+    verdict.textContent = said + (t === states.length ? truth : '')
   }
 
   pad(puzzle, () => ({ pixels: sheet, ...net.config }), {
@@ -93,14 +94,13 @@ export default async function () {
     change: () => puzzle.show(sheet, net.config),
     end: again,
   })
-  const transport = new Transport(show, { rate: 2, first: 1, name: 'Glimpse' })
-  const speed = slider(
-    'Speed',
-    { min: 1, max: 10, step: 1, value: 2, format: v => `${v} glimpses/s` },
-    v => {
-      transport.rate = v
-    },
-  )
+  const transport = new Transport(show, {
+    rate: 2,
+    fastest: 10,
+    unit: 'glimpses/s',
+    first: 1,
+    name: 'Glimpse',
+  })
   const make = buttons(
     button(
       'New puzzle',
@@ -155,7 +155,7 @@ export default async function () {
       element(
         'div',
         {},
-        controls(networks.element, make, transport.element, speed.element),
+        controls(networks.element, make, transport.element),
         element(
           'div',
           { class: 'live-glance' },

@@ -19,17 +19,17 @@ export class Linear {
   }
 
   apply(x) {
-    const { W, b } = this,
-      n = x.length,
-      y = new Float32Array(b.length)
+    const { W, b } = this
+    const n = x.length
+    const y = new Float32Array(b.length)
     for (let i = 0, k = 0; i < y.length; i++) {
-      let s0 = b[i],
-        s1 = 0,
-        s2 = 0,
-        s3 = 0,
-        j = 0
+      let s0 = b[i]
+      let s1 = 0
+      let s2 = 0
+      let s3 = 0
+      let j = 0
+      // Four sums at once, which the processor adds side by side
       for (; j + 3 < n; j += 4, k += 4) {
-        // four sums at once, which the processor adds side by side
         s0 += W[k] * x[j]
         s1 += W[k + 1] * x[j + 1]
         s2 += W[k + 2] * x[j + 2]
@@ -55,8 +55,8 @@ export function concat(...vectors) {
 
 /** LN: to mean 0 and variance 1 over a vector, then scaled and shifted. */
 export function layerNorm(x, weight, bias) {
-  let mean = 0,
-    variance = 0
+  let mean = 0
+  let variance = 0
   for (const v of x) mean += v / x.length
   for (const v of x) variance += (v - mean) ** 2 / x.length
   return x.map((v, i) => ((v - mean) / Math.sqrt(variance + 1e-5)) * weight[i] + bias[i])
@@ -72,8 +72,8 @@ export class LSTM {
 
   /** From an input and the state [h, cell] to the next state. */
   apply(input, [h, cell]) {
-    const n = h.length,
-      gates = this.gates.apply(concat(input, h))
+    const n = h.length
+    const gates = this.gates.apply(concat(input, h))
     const next = cell.map(
       (c, k) => sigmoid(gates[n + k]) * c + sigmoid(gates[k]) * Math.tanh(gates[2 * n + k]),
     )
@@ -84,14 +84,14 @@ export class LSTM {
 
 // ---- The window (section 3.2)
 
-const LIMITS = [1e3, 1e3, 17, 10, 17] // Of g~_X, g~_Y, log sigma^2, log delta~ and log gamma, as in the package's filterbank.py
+// Of g~_X, g~_Y, log sigma^2, log delta~ and log gamma, as in the package's filterbank.py
+const LIMITS = [1e3, 1e3, 17, 10, 17]
 
 /**
  * Eqs 21-24: five unconstrained numbers (g~_X, g~_Y, log sigma^2, log delta~, log gamma) become a
- * window of N x N filters.
+ * window of N x N filters on an image of height B and width A.
  */
 export function attentionWindow(parameters, N, B, A) {
-  // B the image's height, A its width
   const [gX, gY, logVariance, logDelta, logGamma] = Array.from(parameters, (v, i) =>
     Math.min(Math.max(v, -LIMITS[i]), LIMITS[i]),
   )
@@ -110,17 +110,20 @@ export const filterCentre = (g, delta, N, i) => g + (i - N / 2 - 0.5) * delta
 
 /** Eqs 25, 26: N Gaussians on pixels 1..length, a row for each, every row summing to 1. */
 export function filterbank(g, delta, variance, N, length) {
-  const F = new Float32Array(N * length),
-    exponents = new Float64Array(length)
+  const F = new Float32Array(N * length)
+  const exponents = new Float64Array(length)
   for (let i = 0; i < N; i++) {
     const mu = filterCentre(g, delta, N, i + 1)
-    let largest = -Infinity,
-      Z = 0
+    let largest = -Infinity
+    let Z = 0
     for (let a = 0; a < length; a++) {
       exponents[a] = -((a + 1 - mu) ** 2) / (2 * variance)
       largest = Math.max(largest, exponents[a])
     }
-    for (let a = 0; a < length; a++) Z += exponents[a] = Math.exp(exponents[a] - largest) // a filter off the image keeps its nearest pixel
+    for (let a = 0; a < length; a++) {
+      exponents[a] = Math.exp(exponents[a] - largest) // a filter off the image keeps a pixel
+      Z += exponents[a]
+    }
     for (let a = 0; a < length; a++) F[i * length + a] = exponents[a] / Z
   }
   return F
@@ -137,9 +140,9 @@ export const filters = ({ gX, gY, delta, variance, N }, B, A) => ({
  * x inner).
  */
 function product(left, right, rows, inner, columns, turned = false) {
-  const out = new Float32Array(rows * columns),
-    across = turned ? 1 : columns,
-    down = turned ? inner : 1
+  const out = new Float32Array(rows * columns)
+  const across = turned ? 1 : columns
+  const down = turned ? inner : 1
   for (let i = 0; i < rows; i++)
     for (let j = 0; j < columns; j++) {
       let sum = 0
@@ -166,8 +169,8 @@ function eachChannel(image, size, apply) {
 
 /** Eq. 27 for one image: gamma F_Y x F_X^T, an N x N patch for each channel. */
 export function readPatch(image, window, B, A) {
-  const { N, gamma } = window,
-    { FY, FX } = filters(window, B, A)
+  const { N, gamma } = window
+  const { FY, FX } = filters(window, B, A)
   return eachChannel(image, B * A, x => product(product(FY, x, N, B, A), FX, N, A, N, true)).map(
     v => gamma * v,
   )
@@ -175,9 +178,9 @@ export function readPatch(image, window, B, A) {
 
 /** Eq. 29: 1/gamma F_Y^T w F_X, a picture of height B and width A for each channel. */
 export function writePatch(patch, window, B, A) {
-  const { N, gamma } = window,
-    { FY, FX } = filters(window, B, A),
-    FYT = transposed(FY, N, B)
+  const { N, gamma } = window
+  const { FY, FX } = filters(window, B, A)
+  const FYT = transposed(FY, N, B)
   return eachChannel(patch, N * N, w => product(FYT, product(w, FX, N, N, A), B, N, A)).map(
     v => v / gamma,
   )
@@ -191,8 +194,8 @@ export function writePatch(patch, window, B, A) {
  */
 export class DRAW {
   constructor(config, tensors) {
-    const c = (this.config = config),
-      named = new Tensors(tensors)
+    const c = (this.config = config)
+    const named = new Tensors(tensors)
     const {
       height: B,
       width: A,
@@ -259,18 +262,18 @@ export class DRAW {
     const xHat = x.map((v, i) => v - sigmoid(state.canvas[i])) // Eq. 3
     const { reading, readWindow } = this.read(x, xHat, state.decoder[0]) // Eq. 4
     const encoder = this.encoder.apply(concat(reading, state.decoder[0]), state.encoder) // Eq. 5
-    const both = this.posterior.apply(encoder[0]),
-      n = noise.length
-    const mu = both.subarray(0, n),
-      logSigma = both.subarray(n) // Eqs 1, 2
+    const both = this.posterior.apply(encoder[0])
+    const n = noise.length
+    const mu = both.subarray(0, n)
+    const logSigma = both.subarray(n) // Eqs 1, 2
     const z = mu.map((m, i) => m + Math.exp(logSigma[i]) * noise[i]) // Eq. 6
     return { ...this.draw({ ...state, encoder }, z), xHat, reading, readWindow, mu, logSigma, z }
   }
 
   /** All states of a sample: `noise` holds z_1..z_T, drawn from the prior (Eq. 13). */
   generate(noise) {
-    const states = [this.start()],
-      n = this.config.latent_size
+    const states = [this.start()]
+    const n = this.config.latent_size
     for (let at = 0; at < noise.length; at += n)
       states.push(this.draw(states.at(-1), noise.subarray(at, at + n)))
     return states
@@ -278,8 +281,8 @@ export class DRAW {
 
   /** All states while the image x is read and drawn again. */
   reconstruct(x, noise) {
-    const states = [this.start()],
-      n = this.config.latent_size
+    const states = [this.start()]
+    const n = this.config.latent_size
     for (let at = 0; at < noise.length; at += n)
       states.push(this.glimpse(states.at(-1), x, noise.subarray(at, at + n)))
     return states
@@ -305,8 +308,8 @@ export const klDivergence = (mu, logSigma) =>
  */
 export function bound(states, x) {
   const perStep = states.slice(1).map(({ mu, logSigma }) => klDivergence(mu, logSigma))
-  const latent = perStep.reduce((a, b) => a + b, 0),
-    reconstruction = reconstructionLoss(states.at(-1).canvas, x)
+  const latent = perStep.reduce((a, b) => a + b, 0)
+  const reconstruction = reconstructionLoss(states.at(-1).canvas, x)
   return { total: reconstruction + latent, reconstruction, latent, perStep }
 }
 
@@ -314,8 +317,8 @@ export function bound(states, x) {
 
 /** Exponentials that sum to one. */
 export function softmax(logits) {
-  const largest = Math.max(...logits),
-    powers = Float64Array.from(logits, v => Math.exp(v - largest))
+  const largest = Math.max(...logits)
+  const powers = Float64Array.from(logits, v => Math.exp(v - largest))
   const Z = powers.reduce((a, b) => a + b, 0)
   return powers.map(v => v / Z)
 }
@@ -326,8 +329,8 @@ export function softmax(logits) {
  */
 export class Classifier {
   constructor(config, tensors) {
-    const named = new Tensors(tensors),
-      { channels, hidden_size: h, read_size: N, classes } = (this.config = config)
+    const named = new Tensors(tensors)
+    const { channels, hidden_size: h, read_size: N, classes } = (this.config = config)
     this.window = new Linear(named, 'window', h, 5)
     this.lstm = new LSTM(named, 'lstm', channels * N * N, h)
     this.classes = new Linear(named, 'classes', h, classes)
@@ -342,8 +345,8 @@ export class Classifier {
    */
   glimpse(state, x) {
     const { height: B, width: A, read_size: N } = this.config
-    const window = attentionWindow(this.window.apply(state.lstm[0]), N, B, A),
-      patch = readPatch(x, window, B, A)
+    const window = attentionWindow(this.window.apply(state.lstm[0]), N, B, A)
+    const patch = readPatch(x, window, B, A)
     const lstm = this.lstm.apply(patch, state.lstm)
     return { lstm, window, patch, logits: this.classes.apply(lstm[0]) }
   }
@@ -378,11 +381,11 @@ export function uniform(seed) {
 
 /** `count` standard normal numbers that a seed decides (Box and Muller). */
 export function normal(seed, count) {
-  const random = uniform(seed),
-    values = new Float32Array(count)
+  const random = uniform(seed)
+  const values = new Float32Array(count)
   for (let i = 0; i < count; i += 2) {
-    const radius = Math.sqrt(-2 * Math.log(1 - random())),
-      angle = 2 * Math.PI * random()
+    const radius = Math.sqrt(-2 * Math.log(1 - random()))
+    const angle = 2 * Math.PI * random()
     values[i] = radius * Math.cos(angle)
     if (i + 1 < count) values[i + 1] = radius * Math.sin(angle)
   }

@@ -10,9 +10,13 @@ const LARGEST = 1e4 // Far outside every image: windows further away are drawn t
 
 /** An element of SVG. */
 export function shape(tag, attributes) {
-  const made = document.createElementNS(SVG, tag)
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value)
-  return made
+  return assign(document.createElementNS(SVG, tag), attributes)
+}
+
+/** Set attributes of an element. */
+export function assign(element, attributes) {
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value)
+  return element
 }
 
 /** Logits as probabilities. */
@@ -55,10 +59,10 @@ export class Picture {
       this.element.style.aspectRatio = `${width} / ${height}`
       this.overlay.setAttribute('viewBox', `0.5 0.5 ${width} ${height}`)
     }
-    const size = height * width,
-      colour = pixels.length === 3 * size
-    const context = this.canvas.getContext('2d'),
-      data = context.createImageData(width, height)
+    const size = height * width
+    const colour = pixels.length === 3 * size
+    const context = this.canvas.getContext('2d')
+    const data = context.createImageData(width, height)
     for (let i = 0; i < size; i++) {
       for (let channel = 0; channel < 3; channel++)
         data.data[4 * i + channel] = Math.round(255 * pixels[colour ? channel * size + i : i])
@@ -72,8 +76,8 @@ export class Picture {
    * wide, as in Figures 1 and 5.
    */
   windows(list) {
-    const { width, height } = this.canvas,
-      widest = Math.min(width, height) / 8
+    const { width, height } = this.canvas
+    const widest = Math.min(width, height) / 8
     this.overlay.replaceChildren(
       ...list
         .filter(({ window }) => window)
@@ -147,8 +151,8 @@ export function pixelsOf(image, width, height, channels) {
   const scale = Math.max(width / image.width, height / image.height)
   const [w, h] = [image.width * scale, image.height * scale]
   context.drawImage(image, (width - w) / 2, (height - h) / 2, w, h)
-  const { data } = context.getImageData(0, 0, width, height),
-    pixels = new Float32Array(channels * width * height)
+  const { data } = context.getImageData(0, 0, width, height)
+  const pixels = new Float32Array(channels * width * height)
   for (let channel = 0; channel < channels; channel++)
     for (let i = 0; i < width * height; i++)
       pixels[channel * width * height + i] = data[4 * i + channel] / 255
@@ -167,8 +171,8 @@ export function dot(image, height, width, x, y, radius = 1.8) {
       column <= Math.min(width, Math.ceil(x + radius));
       column++
     ) {
-      const at = (row - 1) * width + column - 1,
-        ink = radius - Math.hypot(row - y, column - x)
+      const at = (row - 1) * width + column - 1
+      const ink = radius - Math.hypot(row - y, column - x)
       image[at] = Math.max(image[at], Math.min(1, ink))
     }
 }
@@ -178,27 +182,27 @@ export function dot(image, height, width, x, y, radius = 1.8) {
  * and `end` are told of strokes; nothing is drawn while `active()` is false. */
 export function pad(picture, sheet, { begin, change, end, active = () => true }) {
   const { element } = picture
-  const cursor = shape('circle', { r: 1.3, class: 'live-cursor' }),
-    pen = { x: null, y: null }
+  const cursor = shape('circle', { r: 1.3, class: 'live-cursor' })
+  const pen = { x: null, y: null }
   element.classList.add('live-pad')
   element.tabIndex = 0
   element.setAttribute('role', 'application')
   element.setAttribute(
     'aria-label',
-    'Drawing pad. Arrow keys move the pen, Space draws a dot, Shift with an arrow key draws a line.',
+    'Drawing pad. Arrow keys move the pen, Space draws a dot, Shift and an arrow a line.',
   )
 
   const place = event => {
-    const box = picture.canvas.getBoundingClientRect(),
-      { width, height } = picture.canvas
+    const box = picture.canvas.getBoundingClientRect()
+    const { width, height } = picture.canvas
     return {
       x: ((event.clientX - box.left) / box.width) * width + 0.5,
       y: ((event.clientY - box.top) / box.height) * height + 0.5,
     }
   }
   const line = (from, to) => {
-    const { pixels, height, width } = sheet(),
-      steps = Math.ceil(2 * Math.hypot(to.x - from.x, to.y - from.y)) || 1
+    const { pixels, height, width } = sheet()
+    const steps = Math.ceil(2 * Math.hypot(to.x - from.x, to.y - from.y)) || 1
     for (let k = 0; k <= steps; k++)
       dot(
         pixels,
@@ -241,8 +245,8 @@ export function pad(picture, sheet, { begin, change, end, active = () => true })
     picture.overlay.append(cursor)
   }
   element.addEventListener('keydown', event => {
-    const move = moves[event.key],
-      { height, width } = sheet()
+    const move = moves[event.key]
+    const { height, width } = sheet()
     if (!active() || (!move && event.key !== ' ')) return
     event.preventDefault()
     pen.x ??= Math.round(width / 2)

@@ -11,29 +11,28 @@ import {
   digits,
   element,
   seedField,
-  slider,
 } from './widget.js'
 
 const nats = value => `${value.toFixed(1)} nats`
 
 export default async function () {
   const examples = await digits()
-  const paper = new Picture('Your drawing'),
-    drawing = new Picture('Its drawing')
-  const seen = new Picture('The patch of the image'),
-    missed = new Picture('The patch of the error image'),
-    errors = new Picture('The error image')
+  const paper = new Picture('Your drawing')
+  const drawing = new Picture('Its drawing')
+  const seen = new Picture('The patch of the image')
+  const missed = new Picture('The patch of the error image')
+  const errors = new Picture('The error image')
   const bars = new Bars('Nats of each step')
   const terms = Object.fromEntries(
     ['reconstruction', 'KL', 'sum'].map(name => [name, element('output')]),
   )
   const verdict = element('p', { class: 'live-words' })
-  let net = null,
-    binary = true,
-    sheet = null,
-    own = false,
-    states = [],
-    kl = []
+  let net = null
+  let binary = true
+  let sheet = null
+  let own = false
+  let states = []
+  let kl = []
 
   /** What the network gets: 0 or 1 if it was trained on such images. */
   const image = () => (binary ? sheet.map(v => Number(v > 0.5)) : sheet)
@@ -52,9 +51,9 @@ export default async function () {
 
   const patch = (picture, part, toGrey) => {
     // Reading without the factor gamma: what the filters see
-    const { read_size: N, channels } = net.config,
-      size = channels * N * N,
-      values = part.readWindow && part.reading.map(v => v / part.readWindow.gamma)
+    const { read_size: N, channels } = net.config
+    const size = channels * N * N
+    const values = part.readWindow && part.reading.map(v => v / part.readWindow.gamma)
     if (values)
       picture.show(toGrey(picture === seen ? values.subarray(0, size) : values.subarray(size)), {
         height: N,
@@ -63,11 +62,11 @@ export default async function () {
   }
   const show = t => {
     if (!net) return
-    const { config } = net,
-      state = states[t],
-      next = states[Math.min(t + 1, states.length - 1)],
-      shown = t ? state : next,
-      x = image()
+    const { config } = net
+    const state = states[t]
+    const next = states[Math.min(t + 1, states.length - 1)]
+    const shown = t ? state : next
+    const x = image()
     paper.show(x, config)
     paper.windows(t ? [{ window: state.readWindow, kind: READ }] : [])
     drawing.show(probabilities(state.canvas), config)
@@ -77,8 +76,8 @@ export default async function () {
     patch(seen, shown, values => values)
     patch(missed, shown, signed)
     bars.show(kl, t - 1, t)
-    const reconstruction = reconstructionLoss(state.canvas, x),
-      latent = kl.slice(0, t).reduce((a, b) => a + b, 0)
+    const reconstruction = reconstructionLoss(state.canvas, x)
+    const latent = kl.slice(0, t).reduce((a, b) => a + b, 0)
     terms.reconstruction.textContent = nats(reconstruction)
     terms.KL.textContent = nats(latent)
     terms.sum.textContent = nats(reconstruction + latent)
@@ -108,18 +107,18 @@ export default async function () {
     const { height, width } = net.config
     sheet = new Float32Array(height * width)
     own = false
-    const both = height >= 56 && width >= 56,
-      places = both
-        ? [
-            [2, 2],
-            [height - 30, width - 30],
-          ]
-        : [[Math.floor((height - 28) / 2), Math.floor((width - 28) / 2)]]
+    const both = height >= 56 && width >= 56
+    const places = both
+      ? [
+          [2, 2],
+          [height - 30, width - 30],
+        ]
+      : [[Math.floor((height - 28) / 2), Math.floor((width - 28) / 2)]]
     places.forEach(([top, left], j) => {
       const { pixels } = examples[(k + 37 * j) % examples.length]
       for (let i = 0; i < 28 * 28; i++) {
-        const row = top + Math.floor(i / 28),
-          column = left + (i % 28)
+        const row = top + Math.floor(i / 28)
+        const column = left + (i % 28)
         if (row >= 0 && row < height && column >= 0 && column < width)
           sheet[row * width + column] = pixels[i]
       }
@@ -130,7 +129,7 @@ export default async function () {
     { class: 'live-tray', role: 'group', 'aria-label': 'Example digits' },
     ...Array.from({ length: 10 }, (_, label) => {
       const small = new Picture(`Example of a ${label}`)
-      let turn = 0
+      let turn = 1
       const k = () => 20 * label + (turn % 20)
       const face = () => small.show(examples[k()].pixels, { height: 28, width: 28 })
       face()
@@ -160,13 +159,6 @@ export default async function () {
       }),
     ],
   })
-  const speed = slider(
-    'Speed',
-    { min: 2, max: 60, step: 2, value: 16, format: v => `${v} steps/s` },
-    v => {
-      transport.rate = v
-    },
-  )
   const seed = seedField('Seed', 0, again)
   const networks = await chooser(
     'draw',
@@ -175,7 +167,7 @@ export default async function () {
       net = loaded
       binary = model.binary
       if (before) sheet = before
-      else put(60)
+      else put(61)
       for (const picture of [seen, missed])
         picture.element.closest('figure').hidden = !net.config.attention
       again()
@@ -190,10 +182,7 @@ export default async function () {
       { class: 'live-columns pair' },
       element('div', {}, captioned(paper, 'Draw here. Green: where it looks', 'large'), tray),
       element('div', {}, captioned(drawing, 'Its drawing. Red: where it writes', 'large')),
-      controls(
-        controls(networks.element, seed.element),
-        controls(transport.element, speed.element),
-      ),
+      controls(controls(networks.element, seed.element), transport.element),
     ),
     element(
       'div',

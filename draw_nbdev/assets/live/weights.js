@@ -4,9 +4,9 @@
  * A half-precision number (IEEE 754: 1 sign bit, 5 of exponent, 10 of fraction) as an ordinary one.
  */
 export function halfToNumber(bits) {
-  const sign = bits & 0x8000 ? -1 : 1,
-    exponent = (bits >> 10) & 31,
-    fraction = bits & 1023
+  const sign = bits & 0x8000 ? -1 : 1
+  const exponent = (bits >> 10) & 31
+  const fraction = bits & 1023
   if (exponent === 0) return sign * 2 ** -24 * fraction
   if (exponent === 31) return fraction ? NaN : sign * Infinity
   return sign * 2 ** (exponent - 15) * (1 + fraction / 1024)
@@ -81,6 +81,8 @@ export function kindOf(config) {
   return kind
 }
 
+const MISFIT = 'the weights do not fit their config.json'
+
 /**
  * Takes tensors by name and shape, and at the end sees that none is left over: strict, as PyTorch's
  * loading is.
@@ -93,19 +95,14 @@ export class Tensors {
 
   take(name, ...shape) {
     const tensor = this.tensors[name]
-    if (!tensor) throw new Error(`the weights do not fit their config.json: there is no ${name}`)
+    if (!tensor) throw new Error(`${MISFIT}: there is no ${name}`)
     if (tensor.shape.join() !== shape.join())
-      throw new Error(
-        `the weights do not fit their config.json: ${name} is ${tensor.shape.join(' x ')}, not ${shape.join(' x ')}`,
-      )
+      throw new Error(`${MISFIT}: ${name} is ${tensor.shape.join(' x ')}, not ${shape.join(' x ')}`)
     this.left.delete(name)
     return tensor.data
   }
 
   done() {
-    if (this.left.size)
-      throw new Error(
-        `the weights do not fit their config.json: nothing takes ${[...this.left].join(', ')}`,
-      )
+    if (this.left.size) throw new Error(`${MISFIT}: nothing takes ${[...this.left].join(', ')}`)
   }
 }

@@ -177,8 +177,8 @@ export const load = (name, bytes, progress = () => {}) =>
     const config = await (await fetched(`${folder}/config.json`)).json().catch(error => {
       throw error instanceof SyntaxError ? new Error('its config.json is damaged') : error
     })
-    const reader = (await fetched(`${folder}/model.safetensors`)).body.getReader(),
-      parts = []
+    const reader = (await fetched(`${folder}/model.safetensors`)).body.getReader()
+    const parts = []
     for (let arrived = 0; ;) {
       const { done, value } = await reader.read()
       if (done) break
@@ -227,8 +227,8 @@ export async function chooser(kind, chosen, fits = () => true) {
   return { element: frame, select, ready: () => take(list[0].name) }
 }
 
-const SIDE = 28,
-  EACH = 20 // The example digits: 20 of each class, a row of the file for each
+const SIDE = 28
+const EACH = 20 // The example digits: 20 of each class, a row of the file for each
 
 /** Example digits with values in 0..1, in order of their classes, each { pixels, label }. */
 export const digits = () =>
@@ -256,11 +256,14 @@ export const photograph = () =>
 const moving = () => !matchMedia('(prefers-reduced-motion: reduce)').matches
 
 /**
- * Play, pause, step and a slider over steps 0..T. `show(t)` is called for every step that is shown.
- * It rests while it is out of view.
+ * Play, pause, step, and sliders for the step, from `first` to T, and for the speed. `show(t)` is
+ * called for every step that is shown. It rests while it is out of view.
  */
 export class Transport {
-  constructor(show, { rate, first = 0, name = 'Step', extra = [] }) {
+  constructor(
+    show,
+    { rate, fastest = 60, unit = 'steps/s', first = 0, name = 'Step', extra = [] },
+  ) {
     Object.assign(this, { show, rate, first, playing: false, visible: true, at: 0 })
     this.play = button('Play', () => (this.playing ? this.stop() : this.start()), {
       class: 'live-play',
@@ -282,6 +285,13 @@ export class Transport {
       { class: 'live-transport' },
       buttons(this.play, this.next, ...extra),
       this.position.element,
+      slider(
+        'Speed',
+        { min: 1, max: fastest, step: 1, value: rate, format: v => `${v} ${unit}` },
+        v => {
+          this.rate = v
+        },
+      ).element,
     )
     this.length(1)
     new IntersectionObserver(([entry]) => {
@@ -310,6 +320,7 @@ export class Transport {
   }
 
   start() {
+    if (this.t === undefined) return // nothing has been shown yet
     if (this.t >= this.steps) this.to(this.first)
     this.playing = true
     this.play.textContent = 'Pause'

@@ -1,7 +1,7 @@
 // The window, to play with: one grid of filters over an image, and all that Eqs 19-26 make of it.
 
 import { filterCentre, filters, readPatch, writePatch } from './math.js'
-import { Picture, READ, brightened, pad, pixelsOf, shape } from './picture.js'
+import { Picture, READ, assign, brightened, pad, pixelsOf, shape } from './picture.js'
 import {
   button,
   buttons,
@@ -22,92 +22,71 @@ const fixed = (value, places = 2) =>
 
 export default async function () {
   const [examples, photo] = await Promise.all([digits(), photograph()])
-  const image = new Picture('The image with the window'),
-    patch = new Picture('The patch'),
-    back = new Picture('The patch put back')
-  const rows = new Picture('The filterbank F_Y'),
-    columns = new Picture('The filterbank F_X')
+  const image = new Picture('The image with the window')
+  const patch = new Picture('The patch')
+  const back = new Picture('The patch put back')
+  const rows = new Picture('The filterbank F_Y')
+  const columns = new Picture('The filterbank F_X')
   const numbers = element('dl', { class: 'live-numbers' })
-  let sheet = null,
-    drawing = false
+  let sheet = null
+  let drawing = false
   const w = { gX: 14.5, gY: 14.5, delta: 3, variance: 1, gamma: 1, N: 5 }
 
   // ---- What is shown
 
   const equations = () => {
-    const { height: B, width: A } = sheet,
-      longest = Math.max(A, B)
+    const { height: B, width: A } = sheet
+    const longest = Math.max(A, B)
     const centres = g => [1, w.N].map(i => fixed(filterCentre(g, w.delta, w.N, i), 1)).join(' … ')
     const unit = (longest - 1) / Math.max(w.N - 1, 1)
-    const { FX, FY } = filters(w, B, A),
-      sums = F => fixed(F.subarray(0, F.length / w.N).reduce((a, b) => a + b, 0))
+    const { FX, FY } = filters(w, B, A)
+    const sums = F => fixed(F.subarray(0, F.length / w.N).reduce((a, b) => a + b, 0))
+    const centre = axis => `<i>μ</i><sub>${axis}</sub> = <i>g</i><sub>${axis}</sub>`
     const lines = [
+      ['(19)', `${centre('X')} + (<i>i</i> − <i>N</i>/2 − 0.5) <i>δ</i>`, centres(w.gX)],
+      ['(20)', `${centre('Y')} + (<i>j</i> − <i>N</i>/2 − 0.5) <i>δ</i>`, centres(w.gY)],
       [
-        '19',
-        '<i>μ</i><sub>X</sub><sup><i>i</i></sup> = <i>g</i><sub>X</sub> + (<i>i</i> − <i>N</i>/2 − 0.5) <i>δ</i>',
-        centres(w.gX),
-      ],
-      [
-        '20',
-        '<i>μ</i><sub>Y</sub><sup><i>j</i></sup> = <i>g</i><sub>Y</sub> + (<i>j</i> − <i>N</i>/2 − 0.5) <i>δ</i>',
-        centres(w.gY),
-      ],
-      [
-        '21',
+        '(21)',
         'log <i>σ</i><sup>2</sup>, log <i>γ</i>',
         `${fixed(Math.log(w.variance))}, ${fixed(Math.log(w.gamma))}`,
       ],
       [
-        '22',
+        '(22)',
         '<i>g̃</i><sub>X</sub> = 2 <i>g</i><sub>X</sub> / (<i>A</i> + 1) − 1',
         fixed((2 * w.gX) / (A + 1) - 1),
       ],
       [
-        '23',
+        '(23)',
         '<i>g̃</i><sub>Y</sub> = 2 <i>g</i><sub>Y</sub> / (<i>B</i> + 1) − 1',
         fixed((2 * w.gY) / (B + 1) - 1),
       ],
       [
-        '24',
+        '(24)',
         '<i>δ̃</i> = <i>δ</i> (<i>N</i> − 1) / (max(<i>A</i>, <i>B</i>) − 1)',
         fixed(w.delta / unit),
       ],
-      ['25', 'Sum of the first row of <i>F</i><sub>X</sub>', sums(FX)],
-      ['26', 'Sum of the first row of <i>F</i><sub>Y</sub>', sums(FY)],
+      ['(25)', 'Sum of the first row of <i>F</i><sub>X</sub>', sums(FX)],
+      ['(26)', 'Sum of the first row of <i>F</i><sub>Y</sub>', sums(FY)],
     ]
     numbers.replaceChildren(
-      ...lines.flatMap(([number, formula, value]) => {
-        return [
-          element(
-            'dt',
-            {},
-            element('span', { class: 'live-number' }, `(${number})`),
-            marked(formula),
-          ),
-          element('dd', {}, value),
-        ]
-      }),
+      ...lines.flatMap(([number, formula, value]) => [
+        element('dt', {}, element('span', { class: 'live-number' }, number), marked(formula)),
+        element('dd', {}, value),
+      ]),
     )
   }
 
-  const frame = shape('rect', { class: 'live-window read grip' }),
-    grid = shape('g', { class: 'live-grid' }),
-    corner = shape('rect', { class: 'live-corner' })
+  const frame = shape('rect', { class: 'live-window read grip' })
+  const grid = shape('g', { class: 'live-grid' })
+  const corner = shape('rect', { class: 'live-corner' })
   const drawWindow = () => {
-    const side = (w.N - 1) * w.delta,
-      left = w.gX - side / 2,
-      top = w.gY - side / 2,
-      tip = sheet.width / 20
+    const side = (w.N - 1) * w.delta
+    const left = w.gX - side / 2
+    const top = w.gY - side / 2
+    const tip = sheet.width / 20
     image.windows([{ window: w, kind: READ }])
-    for (const [name, value] of Object.entries({ x: left, y: top, width: side, height: side }))
-      frame.setAttribute(name, value)
-    for (const [name, value] of Object.entries({
-      x: left + side - tip / 2,
-      y: top + side - tip / 2,
-      width: tip,
-      height: tip,
-    }))
-      corner.setAttribute(name, value)
+    assign(frame, { x: left, y: top, width: side, height: side })
+    assign(corner, { x: left + side - tip / 2, y: top + side - tip / 2, width: tip, height: tip })
     const centres = Array.from({ length: w.N }, (_, i) => i + 1)
     grid.replaceChildren(
       ...centres.flatMap(i =>
@@ -123,8 +102,8 @@ export default async function () {
     image.overlay.append(grid, frame, corner)
   }
   const show = () => {
-    const { pixels, height, width } = sheet,
-      { FX, FY } = filters(w, height, width)
+    const { pixels, height, width } = sheet
+    const { FX, FY } = filters(w, height, width)
     image.show(pixels, sheet)
     drawWindow()
     const read = readPatch(pixels, w, height, width)
@@ -137,57 +116,29 @@ export default async function () {
 
   // ---- What moves it
 
+  const plain = { step: 0.1, format: v => fixed(v, 1) }
+  const logarithm = { step: 0.05, value: 0, format: v => fixed(Math.exp(v)) } // of sigma^2, gamma
+  const follow = (label, range, change) =>
+    slider(marked(label), range, value => {
+      change(value)
+      show()
+    })
   const sliders = {
-    gX: slider(
-      marked('Column <i>g</i><sub>X</sub>'),
-      { min: -10, max: 40, step: 0.1, value: w.gX, format: v => fixed(v, 1) },
-      v => {
-        w.gX = v
-        show()
-      },
-    ),
-    gY: slider(
-      marked('Row <i>g</i><sub>Y</sub>'),
-      { min: -10, max: 40, step: 0.1, value: w.gY, format: v => fixed(v, 1) },
-      v => {
-        w.gY = v
-        show()
-      },
-    ),
-    delta: slider(
-      marked('Stride <i>δ</i>'),
-      { min: 0.1, max: 20, step: 0.1, value: w.delta, format: v => fixed(v, 1) },
-      v => {
-        w.delta = v
-        show()
-      },
-    ),
-    variance: slider(
-      marked('Variance <i>σ</i><sup>2</sup>'),
-      { min: -3, max: 5, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) },
-      v => {
-        w.variance = Math.exp(v)
-        show()
-      },
-    ),
-    gamma: slider(
-      marked('Intensity <i>γ</i>'),
-      { min: -2, max: 2, step: 0.05, value: 0, format: v => fixed(Math.exp(v)) },
-      v => {
-        w.gamma = Math.exp(v)
-        show()
-      },
-    ),
-    N: slider(
-      marked('Filters <i>N</i>'),
-      { min: 1, max: 16, step: 1, value: w.N, format: String },
-      count => {
-        // delta~ stays as it is, and with it the size of the window (Eq. 24)
-        if (w.N > 1 && count > 1) w.delta *= (w.N - 1) / (count - 1)
-        w.N = count
-        widen(w.delta)
-      },
-    ),
+    gX: follow('Column <i>g</i><sub>X</sub>', { min: -7, max: 35, ...plain }, v => (w.gX = v)),
+    gY: follow('Row <i>g</i><sub>Y</sub>', { min: -7, max: 35, ...plain }, v => (w.gY = v)),
+    delta: follow('Stride <i>δ</i>', { min: 0.1, max: 14, ...plain }, v => (w.delta = v)),
+    variance: follow('Variance <i>σ</i><sup>2</sup>', { min: -3, max: 5, ...logarithm }, v => {
+      w.variance = Math.exp(v)
+    }),
+    gamma: follow('Intensity <i>γ</i>', { min: -2, max: 2, ...logarithm }, v => {
+      w.gamma = Math.exp(v)
+    }),
+    N: follow('Filters <i>N</i>', { min: 1, max: 16, step: 1, value: w.N }, count => {
+      // delta~ stays as it is, and with it the size of the window (Eq. 24)
+      if (w.N > 1 && count > 1) w.delta *= (w.N - 1) / (count - 1)
+      w.N = count
+      sliders.delta.set(w.delta)
+    }),
   }
   const move = (gX, gY) => {
     w.gX = clamp(gX, ...bounds('gX'))
@@ -216,9 +167,9 @@ export default async function () {
     const at = place(event)
     grip = event.target === corner ? { corner: true } : { x: at.x - w.gX, y: at.y - w.gY }
     if (event.target !== corner && event.target !== frame) {
-      grip = { x: 0, y: 0 }
+      grip = { x: 0, y: 0 } // a press outside calls the window there
       move(at.x, at.y)
-    } // a press outside calls the window there
+    }
     image.overlay.setPointerCapture(event.pointerId)
   })
   image.overlay.addEventListener('pointermove', event => {
@@ -241,13 +192,12 @@ export default async function () {
     else return
     event.preventDefault()
   })
-  for (const [name, value] of Object.entries({
+  assign(image.overlay, {
     tabindex: 0,
     role: 'application',
     class: 'live-grips',
     'aria-label': 'The window. Arrow keys move it, plus and minus change its stride.',
-  }))
-    image.overlay.setAttribute(name, value)
+  })
   image.overlay.removeAttribute('aria-hidden')
 
   // ---- What it lies on
@@ -273,7 +223,7 @@ export default async function () {
   let turn = 3
   const sources = {
     digit: () => ({
-      pixels: examples[20 * (turn++ % 10)].pixels,
+      pixels: examples[20 * (turn++ % 10) + 1].pixels,
       height: 28,
       width: 28,
       channels: 1,
@@ -282,8 +232,8 @@ export default async function () {
     own: () => ({ pixels: new Float32Array(28 * 28), height: 28, width: 28, channels: 1 }),
   }
   const use = name => {
-    const next = sources[name](),
-      fresh = !sheet || sheet.width !== next.width
+    const next = sources[name]()
+    const fresh = !sheet || sheet.width !== next.width
     drawing = name === 'own'
     image.element.classList.toggle('live-pad', drawing)
     image.element.tabIndex = drawing ? 0 : -1
@@ -294,8 +244,8 @@ export default async function () {
       : 'Drag the window, or its corner'
     lay(next, fresh)
   }
-  const hint = element('span'),
-    renew = button('Another digit', () => use('digit'))
+  const hint = element('span')
+  const renew = button('Another digit', () => use('digit'))
   const source = choice(
     'Image',
     [
@@ -350,7 +300,7 @@ export default async function () {
       captioned(
         back,
         marked(
-          'Put back, <i>F</i><sub>Y</sub><sup>T</sup> <i>w F</i><sub>X</sub> / <i>γ</i>, the largest value white',
+          'Put back, <i>F</i><sub>Y</sub><sup>T</sup> <i>w F</i><sub>X</sub> / <i>γ</i>, brighter',
         ),
       ),
       element(

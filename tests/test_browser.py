@@ -126,7 +126,7 @@ def test_page(browser, address, width, scheme):
 
 def test_rests_until_seen(browser, address):
     "Of five widgets, only those near the view have asked for anything"
-    reader = Reader(browser, address, viewport={'width': 1000, 'height': 300})
+    reader = Reader(browser, address, viewport={'width': 1000, 'height': 800})
     reader.widget('draws')
     asked = reader.page.evaluate("performance.getEntriesByType('resource').map(e => e.name)")
     assert any('draws.js' in name for name in asked)

@@ -24,6 +24,7 @@ async function start(place) {
     line.setAttribute('role', 'alert')
     place.replaceChildren(line)
   }
+  place.style.minHeight = ''
   place.dataset.state = 'ready'
 }
 
@@ -38,4 +39,7 @@ const observer = new IntersectionObserver(
   { rootMargin: '100px' },
 )
 
-for (const place of document.querySelectorAll('[data-live]')) observer.observe(place)
+for (const place of document.querySelectorAll('[data-live]')) {
+  place.style.minHeight = '34rem' // about what it will take, so that only what is in view is near
+  observer.observe(place)
+}

@@ -170,22 +170,34 @@ async function fetched(path) {
 /** What networks there are: a list of { name, title, kind, bytes, binary }. */
 export const models = () => remember('models', async () => (await fetched('models.json')).json())
 
-/** A network by its name; `progress` is told the share that has arrived. */
+/** A configuration; throws an `Error` of one line for a damaged one. */
+async function readConfig(path) {
+  const answer = await fetched(path)
+  return answer.json().catch(() => {
+    throw new Error('its config.json is damaged')
+  })
+}
+
+/** The bytes of a file of about `size` bytes; `progress` is told the share that has arrived. */
+async function readBytes(path, size, progress) {
+  const reader = (await fetched(path)).body.getReader()
+  const parts = []
+  for (let arrived = 0; ;) {
+    const { done, value } = await reader.read()
+    if (done) return new Blob(parts).arrayBuffer()
+    parts.push(value)
+    arrived += value.length
+    progress(arrived / size)
+  }
+}
+
+/** A network by its name. */
 export const load = (name, bytes, progress = () => {}) =>
   remember(`weights ${name}`, async () => {
     const folder = `weights/${encodeURIComponent(name)}`
-    const config = await (await fetched(`${folder}/config.json`)).json().catch(error => {
-      throw error instanceof SyntaxError ? new Error('its config.json is damaged') : error
-    })
-    const reader = (await fetched(`${folder}/model.safetensors`)).body.getReader()
-    const parts = []
-    for (let arrived = 0; ;) {
-      const { done, value } = await reader.read()
-      if (done) break
-      parts.push(value)
-      progress((arrived += value.length) / bytes)
-    }
-    return network(config, await new Blob(parts).arrayBuffer())
+    const config = readConfig(`${folder}/config.json`)
+    const weights = readBytes(`${folder}/model.safetensors`, bytes, progress)
+    return network(...(await Promise.all([config, weights])))
   })
 
 /**

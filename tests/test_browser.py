@@ -25,6 +25,10 @@ UNNAMED = """() =>
   .filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim())
   .map(e => e.outerHTML)"""
 
+OUTSIDE = """() => [...document.querySelectorAll('main *:not(svg *)')]
+  .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5)
+  .map(e => e.outerHTML.slice(0, 80))"""
+
 @pytest.fixture(scope='module')
 def address(tmp_path_factory):
     "The page, with a small network in colour and three bad ones at the end of the list"
@@ -120,6 +124,7 @@ def test_page(browser, address, width, scheme):
         place = reader.widget(name)
         assert not place.locator('.live-problem').count() and place.locator('canvas').count()
     assert reader.page.evaluate('document.documentElement.scrollWidth') <= width
+    assert reader.page.evaluate(OUTSIDE) == []
     assert reader.complaints == [] and 2e6 < reader.bytes < 3e6
     assert reader.page.evaluate(UNNAMED) == []
     reader.page.close()

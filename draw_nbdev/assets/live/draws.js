@@ -65,12 +65,13 @@ export default async function () {
     if (net) transport.restart()
   }
 
-  const renew = button('New sample', () => seed.renew(), { class: 'live-main' })
+  const renew = button('New sample', () => seed.renew())
   const transport = new Transport(show, { rate: 16, extra: [renew] })
   const spread = slider(
     'Spread of z',
     { min: 0, max: 2, step: 0.05, value: 1, format: v => v.toFixed(2) },
     () => {
+      if (!net) return
       const t = transport.t
       draw()
       transport.stop()

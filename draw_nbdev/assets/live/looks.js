@@ -93,33 +93,28 @@ export default async function () {
     },
     change: () => puzzle.show(sheet, net.config),
     end: again,
+    active: () => net !== null,
   })
   const transport = new Transport(show, {
     rate: 2,
     fastest: 10,
-    unit: 'glimpses/s',
+    unit: 'per s',
     first: 1,
     name: 'Glimpse',
   })
   const make = buttons(
-    button(
-      'New puzzle',
-      () => {
-        if (net) {
-          fresh()
-          again()
-        }
-      },
-      { class: 'live-main' },
-    ),
+    button('New puzzle', () => {
+      if (!net) return
+      fresh()
+      again()
+    }),
     button('Empty sheet', () => {
-      if (net) {
-        sheet.fill(0)
-        label = null
-        again()
-        transport.stop()
-        transport.to(1)
-      }
+      if (!net) return
+      sheet.fill(0)
+      label = null
+      look()
+      transport.stop()
+      transport.to(1)
     }),
     button('Add clutter', () => {
       if (!net) return

@@ -101,6 +101,7 @@ export default async function () {
     },
     change: () => paper.show(image(), net.config),
     end: again,
+    active: () => net !== null,
   })
   /** Put example digits in the middle of the sheet; a sheet with room for two gets two. */
   const put = k => {

@@ -17,7 +17,7 @@ setup(
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', *pythons],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_path']: ['py.typed', 'assets/*', 'pretrained/*/*']},
+    package_data={cfg['lib_path']: ['py.typed', 'assets/*', 'assets/live/*', 'pretrained/*/*']},
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg.get('requirements', '')),
     extras_require=extras,

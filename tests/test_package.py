@@ -132,8 +132,8 @@ def test_modules_import_only_upwards():
     data = 'files', 'cache', 'data', 'images', 'archives', 'digits', 'colour', 'cifar', 'data_sets'
     order = (
         *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan', 'model', 'loss', 'benchmark',
-        'evaluation', 'muon', 'options', 'checkpoints', 'training', 'classifier', 'reproduce',
-        'processes', 'cli',
+        'evaluation', 'muon', 'options', 'checkpoints', 'training', 'classifier', 'demo',
+        'reproduce', 'processes', 'cli',
     )
     allowed = {name: set(order[:i]) for i, name in enumerate(order)} | {
         'plots': {'files'}, 'filterbank': set(),

@@ -17,6 +17,7 @@ from draw_nbdev.digits import LabelledImages
 from draw_nbdev.evaluation import Evaluation
 from draw_nbdev.model import DRAW, DRAWConfig
 from draw_nbdev.plots import image_grid, sequence_grid
+import test_tools
 
 SIZES = DRAWConfig(height=6, width=9, glimpses=4, hidden_size=8, latent_size=2, read_size=1,
                    write_size=2)
@@ -258,3 +259,26 @@ def test_list_of_data_sets(spy, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert str(tmp_path) in said.splitlines()[0]
     assert said.splitlines()[1:] == ['', 'a name: 1 / 2 / 3', '  nowhere', '  4 GB; licence: none']
+
+
+# ---- all verbs
+
+TRAINING = 'recipe epochs glimpses out processes'.split() # with those of test_tools.py
+TRIED = {
+    'train': {*test_tools.OPTIONS, *test_tools.SIZES, *TRAINING, 'data', 'images', 'size'}
+             - {'every_glimpse'},
+    'classify': {*test_tools.OPTIONS, *TRAINING, 'hidden_size', 'read_size', 'split'}
+                - {'kl_warmup'},
+    'evaluate': {*'data images size split glimpses seeds samples limit out'.split()},
+    'generate': {*'count glimpses out seed'.split()},
+    'reproduce': {*'scale out seed'.split()},
+    'benchmark': {*'preset batch glimpses attention side seconds json_file'.split()},
+    'data': set(),
+}
+
+def test_no_option_is_forgotten():
+    "Whoever adds an option to a verb adds it here, and a test that something comes of it"
+    verbs = cli.typer.main.get_command(cli.app).commands
+    found = {name: {p.name for p in verb.params if p.param_type_name == 'option'} - {'help'}
+             for name, verb in verbs.items()}
+    assert found == TRIED

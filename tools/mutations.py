@@ -19,7 +19,8 @@ TESTS = { # Of each module, quick ones first; its notebook comes after them
     'muon': ['test_muon.py'],
     'training': [
         'test_mistakes.py -k "training or test_set or shuffling or order"',
-        'test_training.py -k "by_hand or stage or time or two_processes_do"', 'test_training.py',
+        'test_training.py -k by_hand', 'test_training.py -k "of_a_stage or of_the or time"',
+        'test_training.py',
     ],
     'classifier': ['test_classifier.py'],
     'plots': ['test_plots.py'],

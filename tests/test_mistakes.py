@@ -418,8 +418,8 @@ MISTAKES = [
             'torch.randn(T, len(images), model.config.latent_size, generator=generator)', 'torch.randn(T, 1, model.config.latent_size, generator=generator).expand(-1, len(images), -1)'),
     Mistake(1, 'one noise for all seeds', check_noise_of_evaluation, evaluate, 'seed * 1_000_003 + start', 'start'),
     Mistake(1, 'one noise for all importance samples', check_noise_of_importance_samples, importance_weighted_bound,
-            'torch.randn(glimpses or c.glimpses, len(chosen), c.latent_size, generator=generator, device=device).to(images)',
-            'torch.randn(glimpses or c.glimpses, 1, c.latent_size, generator=generator, device=device).to(images).expand(-1, len(chosen), -1)'),
+            'noise = torch.randn(shape, generator=generator, device=device).to(images)',
+            'noise = torch.randn(shape, generator=generator, device=device).to(images)[:, :1].expand(shape)'),
     # 2. KL constant -T/2, or -1/2 per step
     Mistake(2, 'KL constant -1/2 per step', check_kl, kl_divergence, '- 1).sum(-1) / 2', ').sum(-1) / 2 - 1 / 2'),
     Mistake(2, 'KL constant -T/2, in the sum over steps', check_bound, bound, 'return Bound(',

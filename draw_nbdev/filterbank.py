@@ -19,7 +19,7 @@ class Window(NamedTuple):
     variance: Tensor # Variance of each filter, sigma^2, in squared pixels, shape (batch,)
     intensity: Tensor # Factor on what is read, the paper's gamma, shape (batch,)
 
-# %% ../nbs/10_filterbank.ipynb #5a80a6e4
+# %% ../nbs/10_filterbank.ipynb #df76b3f1
 LIMITS = 1e3, 1e3, 17., 10., 17. # Of g~_X, g~_Y, log sigma^2, log delta~ and log gamma, either side
 
 # %% ../nbs/10_filterbank.ipynb #50a7c366

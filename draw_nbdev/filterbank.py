@@ -10,34 +10,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/10_filterbank.ipynb #a815a752
+# %% ../nbs/10_filterbank.ipynb #3a8edae8
 class Window(NamedTuple):
     "Where and how an attention window looks, for each image of a batch; pixels are counted from 1"
     center_x: Tensor # Column of the grid's centre, the paper's g_X, in pixels, shape (batch,)
     center_y: Tensor # Row of the grid's centre, the paper's g_Y, in pixels, shape (batch,)
-    stride: Tensor # Distance between filter centres, the paper's delta, in pixels, shape (batch,)
-    variance: Tensor # Variance of each Gaussian filter, the paper's sigma^2, in squared pixels, shape (batch,)
+    stride: Tensor # Distance between filter centres, delta, in pixels, shape (batch,)
+    variance: Tensor # Variance of each filter, sigma^2, in squared pixels, shape (batch,)
     intensity: Tensor # Factor on what is read, the paper's gamma, shape (batch,)
 
-# %% ../nbs/10_filterbank.ipynb #d135c66a
-LIMITS = 1e3, 1e3, 17., 10., 17. # Of g~_X, g~_Y, log sigma^2, log delta~ and log gamma, on either side: beyond them, a window is of no use
+# %% ../nbs/10_filterbank.ipynb #df76b3f1
+LIMITS = 1e3, 1e3, 17., 10., 17. # Of g~_X, g~_Y, log sigma^2, log delta~ and log gamma, either side
 
+# %% ../nbs/10_filterbank.ipynb #50a7c366
 def attention_window(
-    parameters: Tensor, # Unconstrained (g~_X, g~_Y, log sigma^2, log delta~, log gamma), shape (batch, 5)
+    parameters: Tensor, # (g~_X, g~_Y, log sigma^2, log delta~, log gamma), shape (batch, 5)
     size: int, # Side of the patch, the paper's N, in filters
     height: int, # Height of the image, the paper's B, in pixels
     width: int, # Width of the image, the paper's A, in pixels
 ) -> Window: # In float32 or better, each field of shape (batch,)
-    "Eqs 21-24: five unconstrained numbers become a window"
-    if parameters.shape[-1] != 5: raise ValueError(f'attention parameters need 5 numbers per image, got shape {tuple(parameters.shape)}')
+    "Eqs 21-24: five unconstrained numbers become a window; raises `ValueError` for more or fewer"
+    if parameters.shape[-1] != 5:
+        shape = tuple(parameters.shape)
+        raise ValueError(f'attention parameters need 5 numbers per image, got shape {shape}')
     parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
-    g_x, g_y, log_variance, log_delta, log_gamma = (v.clamp(-limit, limit) for v, limit in zip(parameters.unbind(-1), LIMITS))
-    return Window((width + 1) / 2 * (g_x + 1), (height + 1) / 2 * (g_y + 1),
-                  (max(width, height) - 1) / max(size - 1, 1) * log_delta.exp(), log_variance.exp(), log_gamma.exp())
+    held = [v.clamp(-limit, limit) for v, limit in zip(parameters.unbind(-1), LIMITS)]
+    g_x, g_y, log_variance, log_delta, log_gamma = held
+    center_x, center_y = (width + 1) / 2 * (g_x + 1), (height + 1) / 2 * (g_y + 1)
+    stride = (max(width, height) - 1) / max(size - 1, 1) * log_delta.exp()
+    return Window(center_x, center_y, stride, log_variance.exp(), log_gamma.exp())
 
-# %% ../nbs/10_filterbank.ipynb #39008beb
+# %% ../nbs/10_filterbank.ipynb #f9e991b3
 def filterbank(
-    center: Tensor, # Centre of the grid on this axis, g_X or g_Y, in pixels counted from 1, shape (batch,)
+    center: Tensor, # Centre of the grid on this axis, g_X or g_Y, in pixels from 1, shape (batch,)
     stride: Tensor, # Distance between filter centres, delta, in pixels, shape (batch,)
     variance: Tensor, # Variance of the filters, sigma^2, in squared pixels, shape (batch,)
     size: int, # Number of filters, N

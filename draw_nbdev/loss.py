@@ -13,38 +13,42 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from .model import DRAW, DRAWOutput
 
-# %% ../nbs/40_loss.ipynb #165065ee
+# %% ../nbs/40_loss.ipynb #c0644dbc
 def reconstruction_loss(
     canvas: Tensor, # c_T in logits, shape (batch, channels, height, width)
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
 ) -> Tensor: # L^x in nats per image, shape (batch,)
     "Eq. 9: Bernoulli cross-entropy, summed over channels and pixels"
     canvas = canvas.to(torch.promote_types(canvas.dtype, torch.float32))
-    return binary_cross_entropy_with_logits(canvas, images.to(canvas), reduction='none').flatten(1).sum(1)
+    losses = binary_cross_entropy_with_logits(canvas, images.to(canvas), reduction='none')
+    return losses.flatten(1).sum(1)
 
-# %% ../nbs/40_loss.ipynb #8eff7fb9
+# %% ../nbs/40_loss.ipynb #b6ea1216
 def kl_divergence(
     means: Tensor, # mu_t, shape (glimpses, batch, latent_size)
     log_deviations: Tensor, # log sigma_t, shape (glimpses, batch, latent_size)
 ) -> Tensor: # L^z_t in nats per image and step, shape (glimpses, batch)
     "Eqs 10, 11 before the sum over steps: KL of the posterior from the standard normal prior"
-    means, log_deviations = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (means, log_deviations))
+    dtype = torch.promote_types(means.dtype, torch.float32)
+    means, log_deviations = means.to(dtype), log_deviations.to(dtype)
     return (means**2 + (2 * log_deviations).exp() - 2 * log_deviations - 1).sum(-1) / 2
 
-# %% ../nbs/40_loss.ipynb #29b6042f
+# %% ../nbs/40_loss.ipynb #8c9f291b
 class Bound(NamedTuple):
-    "An upper bound on -log p(x) and its parts, in nats per image"
+    "An upper bound on -log p(x) and its parts, in nats per image, from one drawing"
     total: Tensor # L, shape (batch,)
     reconstruction: Tensor # L^x, shape (batch,)
     latent: Tensor # L^z, summed over steps, shape (batch,)
     per_step: Tensor # L^z_t, shape (glimpses, batch)
 
+# %% ../nbs/40_loss.ipynb #34fd935c
 def bound(
     output: DRAWOutput, # What the network returned for these images
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
-) -> Bound:
+) -> Bound: # One sample of it for each image
     "Eq. 12: what training minimises, and what Table 2 reports"
-    reconstruction, per_step = reconstruction_loss(output.canvas, images), kl_divergence(output.means, output.log_deviations)
+    reconstruction = reconstruction_loss(output.canvas, images)
+    per_step = kl_divergence(output.means, output.log_deviations)
     return Bound(reconstruction + per_step.sum(0), reconstruction, per_step.sum(0), per_step)
 
 # %% ../nbs/40_loss.ipynb #4b98c9ba
@@ -57,7 +61,7 @@ def log_weights(
     log_ratio = log_deviations + ((z - means) / log_deviations.exp())**2 / 2 - z**2 / 2
     return log_ratio.sum((0, 2)) - reconstruction_loss(output.canvas, images)
 
-# %% ../nbs/40_loss.ipynb #1b1db118
+# %% ../nbs/40_loss.ipynb #426980ea
 @torch.no_grad()
 def importance_weighted_bound(
     model: DRAW, # The network
@@ -67,12 +71,13 @@ def importance_weighted_bound(
     rows: int = 1000, # Images times samples in one pass: bounds the memory
     glimpses: int | None = None, # Steps; the configuration's if None
 ) -> Tensor: # L_k in nats per image, shape (batch,)
-    "Importance-weighted bound on -log p(x) with k samples; k = 1 is the bound by sampling"
+    "Bound on -log p(x) from k samples; k = 1 is the bound by sampling; `ValueError` for k < 1"
     if samples < 1: raise ValueError(f'samples must be at least 1, got {samples}')
     c, device = model.config, generator.device if generator else images.device
     index = torch.arange(samples * len(images), device=images.device) % len(images)
     parts = []
     for chosen in index.split(rows):
-        noise = torch.randn(glimpses or c.glimpses, len(chosen), c.latent_size, generator=generator, device=device).to(images)
+        shape = glimpses or c.glimpses, len(chosen), c.latent_size
+        noise = torch.randn(shape, generator=generator, device=device).to(images)
         parts.append(log_weights(model(images[chosen], noise), images[chosen]))
     return log(samples) - torch.cat(parts).view(samples, -1).logsumexp(0)

@@ -21,7 +21,7 @@ from draw_nbdev.evaluation import evaluate
 from draw_nbdev.filterbank import attention_window, filterbank
 from draw_nbdev.loss import bound, importance_weighted_bound, kl_divergence, reconstruction_loss
 from draw_nbdev.model import DRAW, DRAWConfig, LSTMCell
-from draw_nbdev.scan import look, lstm, read, write
+from draw_nbdev.scan import lstm, make_filters, read_step, write_step
 from draw_nbdev.options import TrainOptions
 from draw_nbdev.training import Task, read_metrics, train
 
@@ -430,7 +430,7 @@ MISTAKES = [
     Mistake(3, 'grid shifted by half a stride', check_filters, filterbank, '(size - 1) / 2', 'size / 2'),
     # 4. Pixel coordinates 0..A-1 with Eq. 22's 1..A
     Mistake(4, 'pixels counted from 0', check_filters, filterbank, 'torch.arange(1, length + 1,', 'torch.arange(length,'),
-    Mistake(4, 'pixels counted from 0, in the fused scan', check_network, look, 'torch.sub(pixel, mu', 'torch.sub(pixel - 1, mu'),
+    Mistake(4, 'pixels counted from 0, in the fused scan', check_network, make_filters, 'torch.sub(pixel, mu', 'torch.sub(pixel - 1, mu'),
     # 5. Exponent squared whole, or without the 1/2, or variance used as deviation
     Mistake(5, 'exponent squared whole', check_filters, filterbank, EXPONENT, '-(distance / (2 * variance[:, None, None]))**2'),
     Mistake(5, 'exponent without 1/2', check_filters, filterbank, EXPONENT, '-distance**2 / variance[:, None, None]'),
@@ -452,13 +452,13 @@ MISTAKES = [
     Mistake(9, 'no h_dec in the encoder', check_network, DRAW.steps, '[reading, decoder[0]]', '[reading, torch.zeros_like(decoder[0])]'),
     # 10. Error image without the sigmoid
     Mistake(10, 'error image without sigmoid', check_network, DRAW.steps, 'images - canvas.sigmoid()', 'images - canvas'),
-    Mistake(10, 'error image without sigmoid, in the fused scan', check_network, read, 'torch.sigmoid(w.canvas, out=v.sigma)', 'v.sigma.copy_(w.canvas)'),
+    Mistake(10, 'error image without sigmoid, in the fused scan', check_network, read_step, 'torch.sigmoid(w.canvas, out=v.sigma)', 'v.sigma.copy_(w.canvas)'),
     # 11. gamma multiplied in write, or ignored
     Mistake(11, 'gamma multiplied in write', check_read_and_write, AttentiveWrite.forward, f'/ window.intensity{WINDOW_FORM}', f'* window.intensity{WINDOW_FORM}'),
     Mistake(11, 'gamma ignored in write', check_read_and_write, AttentiveWrite.forward, f'/ window.intensity{WINDOW_FORM}', ''),
     Mistake(11, 'gamma ignored in read', check_read_and_write, AttentiveRead.forward, f'window.intensity{WINDOW_FORM} * patches', 'patches'),
-    Mistake(11, 'gamma multiplied in write, in the fused scan', check_network, write, 'v.inverse_gamma', 'v.gamma'),
-    Mistake(11, 'gamma ignored in read, in the fused scan', check_network, read, 'v.gamma', 'torch.ones_like(v.gamma)'),
+    Mistake(11, 'gamma multiplied in write, in the fused scan', check_network, write_step, 'v.inverse_gamma', 'v.gamma'),
+    Mistake(11, 'gamma ignored in read, in the fused scan', check_network, read_step, 'v.gamma', 'torch.ones_like(v.gamma)'),
     # 12. F_Y built from mu_X, patches transposed
     Mistake(12, 'F_Y built from mu_X', check_read_and_write, filters, 'window.center_y', 'window.center_x'),
     Mistake(12, 'g_X and g_Y swapped', check_window, attention_window, 'g_x, g_y,', 'g_y, g_x,'),

@@ -9,14 +9,90 @@ __all__ = ['release', 'multiplies_bfloat16', 'fused_scan']
 import contextlib, os, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from math import prod
-from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from .filterbank import LIMITS
 from .scan_weights import ORDER, Product, Sizes, Weights, fold, fold_window
 from .scan_weights import sizes, weight_gradient
+
+# %% ../nbs/65_scan.ipynb #46a3a433
+@dataclass(slots=True)
+class Gates:
+    "The four gates of an LSTM, or their gradients: one tensor, and views of its parts"
+    gates: Tensor # Shape (batch, 4 * hidden)
+    i: Tensor = field(init=False) # Input gate, shape (batch, hidden)
+    f: Tensor = field(init=False) # Forget gate, shape (batch, hidden)
+    g: Tensor = field(init=False) # Cell's gate, shape (batch, hidden)
+    o: Tensor = field(init=False) # Output gate, shape (batch, hidden)
+
+    def __post_init__(self): self.i, self.f, self.g, self.o = self.gates.chunk(4, 1)
+
+# %% ../nbs/65_scan.ipynb #8a8ae6c5
+@dataclass(slots=True)
+class LSTMStep(Gates):
+    "What one step of an LSTM leaves"
+    cell: Tensor # c_t, shape (batch, hidden)
+    tanh: Tensor # Of c_t, or of its layer norm, shape (batch, hidden)
+    norm: list[Tensor] | None = None # The layer norm's mean and 1 / deviation, shape (batch, 1)
+
+# %% ../nbs/65_scan.ipynb #2c63047e
+@dataclass(slots=True)
+class Step:
+    "What step t leaves, and what step t + 1 adds to it; from `sigma` on only with attention"
+    enc_in: Tensor # Features, h_dec, h_enc, shape (batch, features + 2 * hidden)
+    dec_in: Tensor # z, h_dec, shape (batch, latent + hidden)
+    spread: Tensor # sigma * epsilon of the latents, shape (batch, latent)
+    enc: LSTMStep # Of the encoder
+    dec: LSTMStep # Of the decoder
+    sigma: Tensor = None # sigma(c), shape (batch, height, channels * width)
+    u: Tensor = None # Both windows' numbers in `ORDER`, from the fifth on after exp, (batch, 10)
+    within: Tensor = None # 1 where u is inside the limits, else 0, shape (batch, 10)
+    rows: Tensor = None # mu_Y, mu_X, -k, -k of all filters, shape (batch, 4 * (N_read + N_write))
+    read_half: Tensor = None # F_Y [x, sigma(c)], shape (batch, N, 2 * channels * width)
+    w: Tensor = None # Patch over intensity, shape (batch, N * channels, N)
+    write_half: Tensor = None # w F_X, shape (batch, N, channels * width)
+    banks: list[Tensor] = None # Filters of both windows, one tensor for each of `Sizes.lengths`
+    # Views of the above
+    features: Tensor = None # What is read, in enc_in
+    enc_hd: Tensor = None # h_dec in enc_in
+    h_enc: Tensor = None # In enc_in
+    z: Tensor = None # In dec_in
+    h_dec: Tensor = None # In dec_in
+    u8: Tensor = None # What filters are made of: g, k and delta of both windows, in u
+    exponentials: Tensor = None # What exp is taken of, in u
+    k_delta: Tensor = None # k and delta of both windows, in u
+    gamma: Tensor = None # Of the read window, in u, shape (batch, 1)
+    inverse_gamma: Tensor = None # Of the write window, in u, shape (batch, 1)
+    mu: list[Tensor] = None # Parts of rows for each bank, shape (batch, filters, 1)
+    k: list[Tensor] = None # -k in the same shape
+    ks: Tensor = None # All -k in rows
+    read_y: Tensor = None # F_Y, shape (batch, N, height)
+    read_x: Tensor = None # F_X, shape (batch, N, width)
+    write_y: Tensor = None # F_Y, shape (batch, N, height)
+    write_x: Tensor = None # F_X, shape (batch, N, width)
+    read_wide: Tensor = None # read_half, shape (batch, N * 2 * channels, width)
+    write_wide: Tensor = None # write_half, shape (batch, N * channels, width)
+    w_flat: Tensor = None # w, shape (batch, N * channels * N)
+
+# %% ../nbs/65_scan.ipynb #974b723f
+@dataclass(slots=True)
+class StepGradient:
+    "Gradients of what the four layers make in one step; from `u` on only with attention"
+    enc: Gates # Of the encoder, before activation
+    dec: Gates # Of the decoder, before activation
+    post: Tensor # Of mu and log sigma, shape (batch, 2 * latent)
+    out: Tensor # Of what is made of h_dec, shape (batch, outputs)
+    mean: Tensor = None # View of post, shape (batch, latent)
+    log_deviation: Tensor = None # View of post, shape (batch, latent)
+    u: Tensor = None # Both windows' numbers, a view of out, shape (batch, 10)
+    u8: Tensor = None # The first 8 of u
+    k_delta: Tensor = None # log k and log delta of both windows, in u
+    gamma: Tensor = None # log gamma of the read window, in u, shape (batch,)
+    inverse_gamma: Tensor = None # -log gamma of the write window, in u, shape (batch,)
+    w: Tensor = None # Of the patch, a view of out, shape (batch, N * channels * N)
 
 # %% ../nbs/65_scan.ipynb #728ffcf3
 class Workspace:
@@ -34,12 +110,14 @@ class Workspace:
             return like.new_empty(shape)
         def time(*shape): return new(T + 1 if keep else 1, batch, *shape)
         def lstm(): return dict(gates=time(4 * h), cell=time(h), tanh=time(h))
-        self.enc_in, self.dec_in, enc, dec = time(s.features + 2 * h), time(s.latent + h), lstm(), lstm()
+        self.enc_in, self.dec_in = time(s.features + 2 * h), time(s.latent + h)
+        enc, dec = lstm(), lstm()
         self.canvas = new(batch, s.height, row)
         self.flat = self.canvas.flatten(1)
         buffers, banks = dict(enc_in=self.enc_in, dec_in=self.dec_in, spread=time(s.latent)), []
         if s.read:
-            buffers |= dict(sigma=time(s.height, row), u=time(10), within=time(10), rows=time(4 * R), read_half=time(s.read, 2 * row),
+            buffers |= dict(sigma=time(s.height, row), u=time(10), within=time(10),
+                            rows=time(4 * R), read_half=time(s.read, 2 * row),
                             w=time(s.write * s.channels, s.write), write_half=time(s.write, row))
             banks = [time(2 * R // len(s.lengths), L) for L in s.lengths]
             self.distance = [new(*bank[0].shape) for bank in banks]
@@ -49,20 +127,27 @@ class Workspace:
         else: self.x = new(batch, s.features)
         self.slots = []
         for t in range(len(self.enc_in)):
-            v = SimpleNamespace(**{name: buffer[t] for name, buffer in buffers.items()})
-            v.enc, v.dec = (lstm_views({name: buffer[t] for name, buffer in d.items()}) for d in (enc, dec))
+            v = Step(**{name: buffer[t] for name, buffer in buffers.items()},
+                     enc=LSTMStep(**{name: buffer[t] for name, buffer in enc.items()}),
+                     dec=LSTMStep(**{name: buffer[t] for name, buffer in dec.items()}))
             v.features, v.enc_hd, v.h_enc = v.enc_in.split([s.features, h, h], 1)
             v.z, v.h_dec = v.dec_in.split([s.latent, h], 1)
             if s.read: window_views(v, [bank[t] for bank in banks], s)
             self.slots.append(v)
-        if not keep: self.slots *= T + 1; return
+        if not keep:
+            self.slots *= T + 1
+            return
         self.chunk = max(1, min(T, 1024 // batch)) # steps whose weight gradients make one product
-        self.d_enc, self.d_dec, self.d_post, self.d_out = (new(self.chunk, batch, n) for n in (4 * h, 4 * h, 2 * s.latent, s.outputs))
+        self.d_enc, self.d_dec = new(self.chunk, batch, 4 * h), new(self.chunk, batch, 4 * h)
+        self.d_post = new(self.chunk, batch, 2 * s.latent)
+        self.d_out = new(self.chunk, batch, s.outputs)
         self.d_slots = []
         for enc, dec, post, out in zip(self.d_enc, self.d_dec, self.d_post, self.d_out):
-            d = SimpleNamespace(enc=lstm_views(dict(gates=enc)), dec=lstm_views(dict(gates=dec)), post=post, out=out)
+            d = StepGradient(Gates(enc), Gates(dec), post, out)
             d.mean, d.log_deviation = post.chunk(2, 1)
-            if s.read: d.u, d.u8, d.k_delta, d.gamma, d.inverse_gamma, d.w = out[:, :10], out[:, :8], out[:, 4:8], out[:, 8], out[:, 9], out[:, 10:]
+            if s.read:
+                d.u, d.u8, d.k_delta = out[:, :10], out[:, :8], out[:, 4:8]
+                d.gamma, d.inverse_gamma, d.w = out[:, 8], out[:, 9], out[:, 10:]
             self.d_slots.append(d)
         self.tmp = new(batch, h)
         if s.read:
@@ -70,18 +155,9 @@ class Workspace:
             self.d_mus, ks = self.d_rows.chunk(2, 1)
             self.d_mu, self.d_k = (v.chunk(len(banks), 1) for v in (self.d_mus, ks))
 
-# %% ../nbs/65_scan.ipynb #216a09db
-def lstm_views(
-    buffers: dict, # Names and tensors, `gates` among them
-) -> SimpleNamespace:
-    "Buffers of an LSTM, and its four gates"
-    v = SimpleNamespace(**buffers)
-    v.i, v.f, v.g, v.o = v.gates.chunk(4, 1)
-    return v
-
 # %% ../nbs/65_scan.ipynb #a681653b
 def window_views(
-    v: SimpleNamespace, # A slot
+    v: Step, # A slot
     banks: list[Tensor], # Its filters, one tensor for each of `Sizes.lengths`
     s: Sizes, # Of the network
 ):
@@ -91,8 +167,10 @@ def window_views(
     mus, v.ks = v.rows.chunk(2, 1)
     v.mu, v.k = (part.unsqueeze(2).chunk(len(banks), 1) for part in (mus, v.ks))
     v.banks, both = banks, banks if len(banks) == 2 else banks[0].chunk(2, 1)
-    (v.read_y, v.write_y), (v.read_x, v.write_x) = (bank.split([s.read, s.write], 1) for bank in both)
-    v.read_wide, v.write_wide = (half.view(len(half), -1, s.width) for half in (v.read_half, v.write_half))
+    v.read_y, v.write_y = both[0].split([s.read, s.write], 1)
+    v.read_x, v.write_x = both[1].split([s.read, s.write], 1)
+    v.read_wide = v.read_half.view(len(v.read_half), -1, s.width)
+    v.write_wide = v.write_half.view(len(v.write_half), -1, s.width)
     v.w_flat = v.w.flatten(1)
 
 # %% ../nbs/65_scan.ipynb #71431fcd
@@ -109,7 +187,10 @@ class Lease:
     ):
         key = s, glimpses, batches, keep, like.dtype, like.device
         taken = (self.take(entry, key) for entry in list(self.free))
-        self.owned = next(filter(None, taken), None) or (key, [Workspace(s, glimpses, batch, keep, like) for batch in batches])
+        self.owned = next(filter(None, taken), None)
+        if self.owned is None:
+            fresh = [Workspace(s, glimpses, batch, keep, like) for batch in batches]
+            self.owned = key, fresh
         self.workspaces = self.owned[1]
 
     @classmethod
@@ -133,14 +214,16 @@ class Lease:
         return sum(w.bytes for _, workspaces in list(cls.free) for w in workspaces)
 
 # %% ../nbs/65_scan.ipynb #1f54c2f5
-sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
-softmax_backward, layer_norm_backward = torch.ops.aten._softmax_backward_data.out, torch.ops.aten.native_layer_norm_backward.default
+sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+tanh_backward = torch.ops.aten.tanh_backward.grad_input
+softmax_backward = torch.ops.aten._softmax_backward_data.out
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 # %% ../nbs/65_scan.ipynb #d9899561
 def lstm(
     pre: Tensor, # Gates before activation, the cell's doubled, shape (batch, 4 * hidden)
-    before: SimpleNamespace, # Views of step t - 1
-    now: SimpleNamespace, # Views of step t: gates, cell and tanh are written
+    before: LSTMStep, # Views of step t - 1
+    now: LSTMStep, # Views of step t: gates, cell and tanh are written
     norm: Tensor | None, # Weight and bias of the layer norm, shape (2, hidden)
     h: Tensor, # Written: h_t, shape (batch, hidden)
 ):
@@ -157,9 +240,9 @@ def lstm(
 def lstm_backward(
     d_h: Tensor, # Shape (batch, hidden)
     d_cell: Tensor, # Of c_t as later steps sent it; becomes that of c_{t-1}; shape (batch, hidden)
-    before: SimpleNamespace, # Views of step t - 1
-    now: SimpleNamespace, # Views of step t
-    d: SimpleNamespace, # Views of gradients: `gates`, before activation, are written
+    before: LSTMStep, # Views of step t - 1
+    now: LSTMStep, # Views of step t
+    d: Gates, # Views of gradients: `gates`, before activation, are written
     tmp: Tensor, # Overwritten, shape (batch, hidden)
     norm: Tensor | None, # Weight and bias of the layer norm, shape (2, hidden)
     d_norm: Tensor | None, # Added to, shape (2, hidden)
@@ -168,20 +251,22 @@ def lstm_backward(
     torch.mul(d_h, now.o, out=tmp)
     tanh_backward(tmp, now.tanh, grad_input=tmp)
     if norm is not None:
-        through, *affine = layer_norm_backward(tmp, now.cell, norm.shape[1:], *now.norm, *norm, [True] * 3)
-        tmp.copy_(through); d_norm.add_(torch.stack(affine))
+        through, *affine = layer_norm_backward(tmp, now.cell, norm.shape[1:], *now.norm, *norm,
+                                               [True] * 3)
+        tmp.copy_(through)
+        d_norm.add_(torch.stack(affine))
     d_cell.add_(tmp)
     torch.mul(d_cell, now.g, out=d.i)
     torch.mul(d_cell, before.cell, out=d.f)
     torch.mul(d_h, now.tanh, out=d.o)
     torch.mul(d_cell, now.i, out=tmp)
-    sigmoid_backward(d.gates, now.gates, grad_input=d.gates) # i, f, o; what it leaves in g is written again
+    sigmoid_backward(d.gates, now.gates, grad_input=d.gates) # i, f, o; g is written again below
     tanh_backward(tmp, now.g, grad_input=d.g)
     d_cell.mul_(now.f)
 
 # %% ../nbs/65_scan.ipynb #5aa8d325
 class Grid:
-    "Constants of the windows: limits of u, the linear map from u to every filter's mu and -k, and the pixels"
+    "Constants of the windows: limits of u, the linear map from u to all mu and -k, the pixels"
     def __init__(self,
         s: Sizes, # Of the network
         like: Tensor, # Gives dtype and device
@@ -196,13 +281,14 @@ class Grid:
             M[k + 1, :2, filters] = torch.arange(N) - (N - 1) / 2
             M[k, 2:, filters] = -1
         self.to_rows = M.flatten(1).to(like)
-        self.from_rows = (M * torch.tensor([-2., -2., 1., 1.])[:, None]).flatten(1).t().to(like).contiguous()
+        back = M * torch.tensor([-2., -2., 1., 1.])[:, None]
+        self.from_rows = back.flatten(1).t().to(like).contiguous()
         self.pixels = [torch.arange(1, L + 1).to(like) for L in s.lengths]
 
 # %% ../nbs/65_scan.ipynb #534a3b7f
 def make_filters(
     out: Tensor, # Affine output of h_dec, shape (batch, outputs)
-    v: SimpleNamespace, # Views of this step: u, within, rows and banks are written
+    v: Step, # Views of this step: u, within, rows and banks are written
     w: Workspace, # For the grid and a buffer
 ):
     "Filters of the write window of this step and of the read window of the next"
@@ -217,9 +303,9 @@ def make_filters(
 # %% ../nbs/65_scan.ipynb #1179e016
 def make_filters_backward(
     d_filters: list[Tensor], # Of read F_Y, write F_Y, read F_X, write F_X, each (batch, N, B or A)
-    v: SimpleNamespace, # Views of this step
+    v: Step, # Views of this step
     w: Workspace, # For the grid and buffers
-    d: SimpleNamespace, # Views of gradients: `u8`, the first 8 of the affine output, is written; gamma's, behind it, are there
+    d: StepGradient, # Views of gradients: `u8` is written; gamma's, behind it, are there
 ):
     "Backward through the filters"
     for i, (pixel, mu, distance, F) in enumerate(zip(w.grid.pixels, v.mu, w.distance, v.banks)):
@@ -235,7 +321,7 @@ def make_filters_backward(
 
 # %% ../nbs/65_scan.ipynb #32d26e66
 def read_step(
-    v: SimpleNamespace, # Views of step t - 1: `sigma`, `read_half` and `features` are written
+    v: Step, # Views of step t - 1: `sigma`, `read_half` and `features` are written
     w: Workspace, # With c_{t-1} in `canvas`
 ):
     "r_t of Eq. 4 from c_{t-1} and the filters made of h_dec_{t-1}"
@@ -247,11 +333,11 @@ def read_step(
 # %% ../nbs/65_scan.ipynb #a25b46c6
 def read_step_backward(
     d_features: Tensor, # Shape (batch, features)
-    v: SimpleNamespace, # Views of step t - 1
+    v: Step, # Views of step t - 1
     w: Workspace, # With x in `pair_x`
     d_canvas: Tensor, # Added to, shape (batch, height, channels * width)
     d_x: Tensor | None, # Added to, the same shape
-) -> tuple[Tensor, Tensor, Tensor]: # Gradients of F_Y (batch, N, B), F_X (batch, N, A) and log gamma (batch,)
+) -> tuple[Tensor, Tensor, Tensor]: # Of F_Y (batch, N, B), F_X (batch, N, A), log gamma (batch,)
     "Backward through reading"
     d_gamma = (d_features * v.features).sum(1)
     d_patch = (d_features * v.gamma).view(len(v.gamma), -1, v.read_x.shape[1])
@@ -269,7 +355,7 @@ def read_step_backward(
 # %% ../nbs/65_scan.ipynb #cf7fb1c3
 def write_step(
     out: Tensor, # Affine output of h_dec_t, shape (batch, outputs)
-    v: SimpleNamespace, # Views of step t: `w` and `write_half` are written
+    v: Step, # Views of step t: `w` and `write_half` are written
     w: Workspace, # c_{t-1} in `canvas` becomes c_t
 ):
     "Eq. 8 with Eq. 29"
@@ -280,8 +366,8 @@ def write_step(
 # %% ../nbs/65_scan.ipynb #36ec9146
 def write_step_backward(
     d_canvas: Tensor, # Shape (batch, height, channels * width)
-    v: SimpleNamespace, # Views of step t
-    d: SimpleNamespace, # Views of gradients: `w` and `inverse_gamma` are written
+    v: Step, # Views of step t
+    d: StepGradient, # Views of gradients: `w` and `inverse_gamma` are written
 ) -> tuple[Tensor, Tensor]: # Gradients of F_Y (batch, N, B) and F_X (batch, N, A)
     "Backward through writing"
     d_half = torch.bmm(v.write_y, d_canvas).view_as(v.write_wide)
@@ -306,15 +392,23 @@ def forward_pass(
     encode, decode, infer, make, encode_image = products
     v = w.slots[0]
     w.canvas.copy_(p.canvas)
-    for state, h, cell in ((p.encoder, v.h_enc, v.enc.cell), (p.decoder, v.h_dec, v.dec.cell)): h.copy_(state[0].expand_as(h)); cell.copy_(state[1].expand_as(h))
+    for state, h, cell in ((p.encoder, v.h_enc, v.enc.cell), (p.decoder, v.h_dec, v.dec.cell)):
+        h.copy_(state[0].expand_as(h))
+        cell.copy_(state[1].expand_as(h))
     v.enc_hd.copy_(v.h_dec)
-    if s.read: w.pair_x.copy_(x); make_filters(make(v.h_dec), v, w)
-    else: w.x.copy_(x.flatten(1)); gates_of_x = encode_image(w.x)
+    if s.read:
+        w.pair_x.copy_(x)
+        make_filters(make(v.h_dec), v, w)
+    else:
+        w.x.copy_(x.flatten(1))
+        gates_of_x = encode_image(w.x)
     means, log_deviations = (part.unbind() for part in posterior.chunk(2, 2))
     for t, (v, now) in enumerate(zip(w.slots, w.slots[1:])):
         if s.read: read_step(v, w)
         else: torch.sigmoid(w.flat, out=v.features)
-        lstm(encode(v.enc_in) if s.read else encode(v.enc_in).add_(gates_of_x), v.enc, now.enc, p.enc_norm, now.h_enc)
+        gates = encode(v.enc_in)
+        if not s.read: gates.add_(gates_of_x)
+        lstm(gates, v.enc, now.enc, p.enc_norm, now.h_enc)
         posterior[t].copy_(infer(now.h_enc))
         torch.mul(log_deviations[t].exp(), noise[t], out=v.spread)
         torch.add(means[t], v.spread, out=v.z)
@@ -322,7 +416,9 @@ def forward_pass(
         lstm(decode(v.dec_in), v.dec, now.dec, p.dec_norm, now.h_dec)
         now.enc_hd.copy_(now.h_dec)
         out = make(now.h_dec)
-        if s.read: make_filters(out, now, w); write_step(out, now, w)
+        if s.read:
+            make_filters(out, now, w)
+            write_step(out, now, w)
         else: w.flat.add_(out)
     canvas.copy_(w.canvas)
 
@@ -330,7 +426,7 @@ def forward_pass(
 def backward_pass(
     s: Sizes, # Of the network
     p: Weights, # Folded
-    products: list[Product], # With the transposed weights of encoder, decoder, posterior and outputs
+    products: list[Product], # Transposed weights of encoder, decoder, posterior and outputs
     w: Workspace, # As `forward_pass` left it
     d_canvas: Tensor, # Of c_T, shape (batch, height, channels * width)
     d_posterior: Tensor, # Shape (glimpses, batch, 2 * latent)
@@ -346,7 +442,9 @@ def backward_pass(
     d_x = torch.zeros_like(d_canvas) if image_gradient else None
     d_h_enc, d_c_enc, d_h_dec, d_c_dec = zeros(4, batch, h)
     d_p = Weights(*(None if value is None else zeros(value.shape) for value in p))
-    if s.read: d_read_y, d_read_x, d_gamma = zeros(batch, s.read, s.height), zeros(batch, s.read, s.width), zeros(batch)
+    if s.read:
+        d_read_y, d_read_x = zeros(batch, s.read, s.height), zeros(batch, s.read, s.width)
+        d_gamma = zeros(batch)
     else: d_gates_of_x = zeros(batch, 4 * h)
     d_means, d_log_deviations = (part.unbind() for part in d_posterior.chunk(2, 2))
     for t in reversed(range(T)):
@@ -371,20 +469,27 @@ def backward_pass(
         if t % w.chunk == 0:
             now, e = slice(t, min(t + w.chunk, T)), min(t + w.chunk, T)
             later = slice(t + 1, e + 1)
-            for weight, bias, delta, inputs in ((d_p.enc_weight, d_p.enc_bias, w.d_enc, w.enc_in[now]),
-                                                (d_p.dec_weight, d_p.dec_bias, w.d_dec, w.dec_in[now]),
-                                                (d_p.post_weight, d_p.post_bias, w.d_post, w.enc_in[later, :, n + h:]),
-                                                (d_p.out_weight, d_p.out_bias, w.d_out, w.dec_in[later, :, z:])):
+            h_enc, h_dec = w.enc_in[later, :, n + h:], w.dec_in[later, :, z:]
+            layers = ((d_p.enc_weight, d_p.enc_bias, w.d_enc, w.enc_in[now]),
+                      (d_p.dec_weight, d_p.dec_bias, w.d_dec, w.dec_in[now]),
+                      (d_p.post_weight, d_p.post_bias, w.d_post, h_enc),
+                      (d_p.out_weight, d_p.out_bias, w.d_out, h_dec))
+            for weight, bias, delta, inputs in layers:
                 delta = delta[:e - t].flatten(0, 1)
-                weight.add_(weight_gradient(delta.to(dtype), inputs.flatten(0, 1).to(dtype))); bias.add_(delta.sum(0))
+                inputs = inputs.flatten(0, 1).to(dtype)
+                weight.add_(weight_gradient(delta.to(dtype), inputs))
+                bias.add_(delta.sum(0))
             if not s.read: d_gates_of_x.add_(w.d_enc[:e - t].sum(0))
     v = w.slots[0]
     if s.read: # the first read window was made of the first h_dec, with nothing written
         d = w.d_slots[0]
-        d.out.zero_(); d.gamma.copy_(d_gamma)
-        make_filters_backward([d_read_y, zeros(batch, s.write, s.height), d_read_x, zeros(batch, s.write, s.width)], v, w, d)
+        d_write_y, d_write_x = zeros(batch, s.write, s.height), zeros(batch, s.write, s.width)
+        d.out.zero_()
+        d.gamma.copy_(d_gamma)
+        make_filters_backward([d_read_y, d_write_y, d_read_x, d_write_x], v, w, d)
         d_h_dec.add_(make(d.out))
-        d_p.out_weight.add_(weight_gradient(d.out, v.h_dec)); d_p.out_bias.add_(d.out.sum(0))
+        d_p.out_weight.add_(weight_gradient(d.out, v.h_dec))
+        d_p.out_bias.add_(d.out.sum(0))
     else:
         d_p.image_weight.add_(weight_gradient(d_gates_of_x, w.x))
         if image_gradient: torch.mm(d_gates_of_x, p.image_weight, out=d_x.view(batch, -1))
@@ -396,7 +501,8 @@ def backward_pass(
 # %% ../nbs/65_scan.ipynb #05a1173b
 def work_alone():
     "A worker computes with one thread, and takes denormal numbers for zero"
-    torch.set_num_threads(1); torch.set_flush_denormal(True)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
 
 # %% ../nbs/65_scan.ipynb #354953a2
 class Workers:
@@ -412,7 +518,7 @@ class Workers:
                 threads, born = torch.get_num_threads(), threading.Barrier(count)
                 cls.pool, cls.count = ThreadPoolExecutor(count, 'draw_scan', work_alone), count
                 list(cls.pool.map(lambda _: born.wait(), range(count)))
-                torch.set_num_threads(threads) # the initialiser has also changed what threads yet to be born start with
+                torch.set_num_threads(threads) # work_alone also changes what new threads start with
             return cls.pool
 
     @classmethod
@@ -421,7 +527,8 @@ class Workers:
         cls.pool, cls.count, cls.lock = None, 0, threading.Lock()
 
 # %% ../nbs/65_scan.ipynb #b8846c5f
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=Workers.forget) # threads do not survive a fork
+if hasattr(os, 'register_at_fork'): # threads do not survive a fork
+    os.register_at_fork(after_in_child=Workers.forget)
 
 # %% ../nbs/65_scan.ipynb #0d472da6
 def release() -> None:
@@ -470,39 +577,49 @@ class Scan(torch.autograd.Function):
     "All steps of the recurrence as one operation"
     @staticmethod
     def forward(ctx, s, keep, dtype, x, noise, *weights):
-        "`keep`: whether a backward pass may follow; `dtype`: of the large products; the others as in `forward_pass`"
+        "`keep`: whether a backward pass may follow; `dtype`: of the large products"
         p, T, count = Weights(*weights), len(noise), worker_count(x)
         out_dtype = x.dtype if s.read else dtype
-        jobs = [[double_cell_gate(p.enc_weight).to(dtype), double_cell_gate(p.enc_bias).to(dtype)], [double_cell_gate(p.dec_weight).to(dtype), double_cell_gate(p.dec_bias).to(dtype)],
-                [p.post_weight, p.post_bias], [p.out_weight.to(out_dtype), p.out_bias.to(out_dtype)]]
+        enc = [double_cell_gate(v).to(dtype) for v in (p.enc_weight, p.enc_bias)]
+        dec = [double_cell_gate(v).to(dtype) for v in (p.dec_weight, p.dec_bias)]
+        jobs = [enc, dec, [p.post_weight, p.post_bias],
+                [p.out_weight.to(out_dtype), p.out_bias.to(out_dtype)]]
         if not s.read: jobs.append([double_cell_gate(p.image_weight).to(dtype), jobs[0].pop()])
         products = in_parallel(Product, jobs, count) + [None] * (5 - len(jobs))
-        canvas, posterior, latents = torch.empty_like(x), x.new_empty(T, len(x), 2 * s.latent), x.new_empty(T, len(x), s.latent)
+        canvas, posterior = torch.empty_like(x), x.new_empty(T, len(x), 2 * s.latent)
+        latents = x.new_empty(T, len(x), s.latent)
         bounds = [len(x) * i // max(count, 1) for i in range(max(count, 1) + 1)]
         shares = [slice(a, e) for a, e in zip(bounds, bounds[1:])]
         lease = Lease(s, T, tuple(share.stop - share.start for share in shares), keep, x)
-        in_parallel(forward_pass, [(s, p, products, w, x[share], noise[:, share], canvas[share], posterior[:, share], latents[:, share])
-                                   for w, share in zip(lease.workspaces, shares)], count)
+        jobs = [(s, p, products, w, x[share], noise[:, share],
+                 canvas[share], posterior[:, share], latents[:, share])
+                for w, share in zip(lease.workspaces, shares)]
+        in_parallel(forward_pass, jobs, count)
         if keep:
             token = x.new_empty(0)
             token.lease = lease
             ctx.save_for_backward(token, *weights)
-            ctx.s, ctx.shares, ctx.count, ctx.dtype, ctx.out_dtype = s, shares, count, dtype, out_dtype
+            ctx.s, ctx.shares, ctx.count = s, shares, count
+            ctx.dtype, ctx.out_dtype = dtype, out_dtype
         return canvas, posterior, latents
 
     @staticmethod
     def backward(ctx, d_canvas, d_posterior, d_latents):
         "Gradients in the order of forward's arguments"
         if torch.is_grad_enabled(): # what create_graph=True does
-            raise ValueError("the fused scan has no second derivatives, which create_graph=True asks for: use scan='reference'")
+            raise ValueError('the fused scan has no second derivatives, which create_graph=True '
+                             "asks for: use scan='reference'")
         token, *weights = ctx.saved_tensors
         if not hasattr(token, 'lease'):
-            raise ValueError("the fused scan keeps its own buffers and cannot be checkpointed or offloaded: use scan='reference'")
+            raise ValueError('the fused scan keeps its own buffers and cannot be checkpointed or '
+                             "offloaded: use scan='reference'")
         p, image_gradient = Weights(*weights), ctx.needs_input_grad[3]
         with torch.autocast(d_canvas.device.type, enabled=False):
-            transposed = [(p.enc_weight.t().to(ctx.dtype),), (p.dec_weight.t().to(ctx.dtype),), (p.post_weight.t(),), (p.out_weight.t().to(ctx.out_dtype),)]
+            transposed = [(p.enc_weight.t().to(ctx.dtype),), (p.dec_weight.t().to(ctx.dtype),),
+                          (p.post_weight.t(),), (p.out_weight.t().to(ctx.out_dtype),)]
             products = in_parallel(Product, transposed, ctx.count)
-            jobs = [(ctx.s, p, products, w, d_canvas[share], d_posterior[:, share], d_latents[:, share], image_gradient, ctx.dtype)
+            jobs = [(ctx.s, p, products, w, d_canvas[share], d_posterior[:, share],
+                     d_latents[:, share], image_gradient, ctx.dtype)
                     for w, share in zip(token.lease.workspaces, ctx.shares)]
             d_p, d_x = zip(*in_parallel(backward_pass, jobs, ctx.count))
         d_p = (None if parts[0] is None else sum(parts[1:], parts[0]) for parts in zip(*d_p))
@@ -521,22 +638,27 @@ def fused_scan(
     model: nn.Module, # A `DRAW`
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Canvas, means, log deviations and latents, as in `DRAWOutput`
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Canvas, means, log deviations and latents
     "What `DRAW.forward` computes, with the same gradients, sooner"
     s, half, learning = sizes(model.config), autocast_dtype(images), torch.is_grad_enabled()
-    with torch.autocast(images.device.type, enabled=False), torch.inference_mode(False), torch.set_grad_enabled(learning): # leaving inference mode alone would turn gradients on
+    with (torch.autocast(images.device.type, enabled=False), torch.inference_mode(False),
+          torch.set_grad_enabled(learning)): # leaving inference mode alone turns gradients on
         p = fold(model, s)
         x = images.to(p.canvas).transpose(1, 2).flatten(2)
         keep = learning and any(value is not None and value.requires_grad for value in (x, *p))
         canvas, posterior, latents = Scan.apply(s, keep, half or x.dtype, x, noise.to(p.canvas), *p)
-        return canvas.unflatten(2, (s.channels, s.width)).transpose(1, 2), *posterior.chunk(2, 2), latents
+        canvas = canvas.unflatten(2, (s.channels, s.width)).transpose(1, 2)
+        return canvas, *posterior.chunk(2, 2), latents
 
 # %% ../nbs/65_scan.ipynb #bee1db2a
 def watched() -> bool:
     "Whether operations are compiled, exported, traced or transformed, and not only computed"
-    if torch.compiler.is_compiling() or getattr(torch.compiler, 'is_exporting', bool)() or torch.jit.is_tracing(): return True
-    private = '_are_functorch_transforms_active', '_len_torch_dispatch_stack' # without public names so far
-    return any(getattr(torch._C, name, bool)() for name in private) or getattr(forward_ad, '_current_level', -1) >= 0
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return True
+    if getattr(torch.compiler, 'is_exporting', bool)(): return True
+    # without public names so far
+    for name in ('_are_functorch_transforms_active', '_len_torch_dispatch_stack'):
+        if getattr(torch._C, name, bool)(): return True
+    return getattr(forward_ad, '_current_level', -1) >= 0
 
 # %% ../nbs/65_scan.ipynb #d8304767
 def fits(
@@ -544,7 +666,12 @@ def fits(
     images: Tensor, # x, shape (batch, channels, height, width)
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
 ) -> bool:
-    "Whether `fused_scan` computes what the definition does: known parts, float32 or float64, no gradient wanted of the noise, no mixed precision but from float32 to bfloat16"
-    if watched() or noise.numel() == 0 or noise.requires_grad or not {type(images), type(noise)} <= {Tensor, nn.Parameter}: return False
+    """Whether `fused_scan` computes what the definition does
+
+    That asks for known parts, float32 or float64, no gradient wanted of the noise, and no mixed
+    precision but from float32 to bfloat16."""
+    if watched() or noise.numel() == 0 or noise.requires_grad: return False
+    if not {type(images), type(noise)} <= {Tensor, nn.Parameter}: return False
     dtypes = {None: (torch.float32, torch.float64), torch.bfloat16: (torch.float32,)}
-    return model.initial_canvas.dtype in dtypes.get(autocast_dtype(images), ()) and model.unchanged()
+    known = dtypes.get(autocast_dtype(images), ())
+    return model.initial_canvas.dtype in known and model.unchanged()

@@ -15,7 +15,7 @@ from .scan import multiplies_bfloat16
 def orthogonalize(
     matrices: Tensor, # Shape (count, rows, columns)
     iterations: int = 5, # Of the polynomial
-    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315), # a, b and c, from Jordan et al. 2024
+    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315), # a, b, c (Jordan et al.)
 ) -> Tensor: # The same shape and dtype
     "Nearly U V^T of every matrix U S V^T"
     a, b, c = coefficients
@@ -32,11 +32,12 @@ def orthogonalize(
 class Muon(torch.optim.Optimizer):
     "Steps along orthogonalised gradients, for weights that are matrices or stacks of matrices"
     def __init__(self,
-        stacks: list[tuple[nn.Parameter, int]], # Weights of shape (parts * rows, columns), and their parts
+        stacks: list[tuple[nn.Parameter, int]], # Weights (parts * rows, columns), and their parts
         lr: float, # Step size, on Adam's scale
         momentum: float = 0.95, # Decay of the gradient's moving average, at least 0 and below 1
     ):
-        super().__init__([{'params': [weight], 'parts': parts} for weight, parts in stacks], dict(lr=lr, momentum=momentum))
+        groups = [{'params': [weight], 'parts': parts} for weight, parts in stacks]
+        super().__init__(groups, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -57,7 +58,7 @@ class Muon(torch.optim.Optimizer):
 # %% ../nbs/61_muon.ipynb #3c0d60e6
 def make_optimizers(
     model: nn.Module, # The network, on its device
-    stacks: list[tuple[nn.Parameter, int]], # Its matrices, and of how many parts each of them is stacked
+    stacks: list[tuple[nn.Parameter, int]], # Its matrices, and how many parts each is stacked of
     name: str, # 'adam', or 'muon' for the matrices and Adam for everything else
     lr: float, # Step size at its highest
 ) -> list[torch.optim.Optimizer]:

@@ -131,7 +131,8 @@ def test_modules_import_only_upwards():
     "In this order; data and plots use none of the model"
     data = 'files', 'cache', 'data', 'images', 'archives', 'digits', 'colour', 'cifar', 'data_sets'
     order = (
-        *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan', 'model', 'loss', 'benchmark',
+        *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan_weights', 'scan',
+        'model', 'loss', 'benchmark',
         'evaluation', 'muon', 'options', 'checkpoints', 'training', 'classifier', 'demo',
         'reproduce', 'processes', 'cli',
     )

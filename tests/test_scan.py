@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
-import draw_nbdev.model, draw_nbdev.scan as scan
+import draw_nbdev.model, draw_nbdev.scan as scan, draw_nbdev.scan_weights as scan_weights
 from draw_nbdev.attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
 from draw_nbdev.model import DRAW, DRAWConfig, DRAWOutput, LSTMCell
 
@@ -467,17 +467,17 @@ def test_private_operators_that_changed(name, behaviour, monkeypatch):
         if behaviour == 'raises': raise TypeError('another signature')
         return arguments[0] * 2 if arguments else False
     operators = torch.ops.mkldnn
-    scan.onednn_works.cache_clear()
+    scan_weights.onednn_works.cache_clear()
     try:
         monkeypatch.setattr(torch.ops, 'mkldnn', Operators())
-        if name != '_is_mkldnn_bf16_supported': assert not scan.onednn_works(torch.float32)
-        assert not scan.onednn_works(torch.bfloat16)
+        if name != '_is_mkldnn_bf16_supported': assert not scan_weights.onednn_works(torch.float32)
+        assert not scan_weights.onednn_works(torch.bfloat16)
         for a, b in zip(run(), expected): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         for a, b in zip(run(half=True), rounded):
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
     finally:
         monkeypatch.undo()
-        scan.onednn_works.cache_clear()
+        scan_weights.onednn_works.cache_clear()
 
 
 # ---- numbers of all kinds

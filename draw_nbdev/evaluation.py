@@ -87,7 +87,8 @@ def evaluate(
     "Bound, its parts and its errors over a set; the same numbers again for the same arguments"
     given = dict(glimpses=glimpses, seeds=seeds, samples=samples, limit=limit, rows=rows)
     for name, value in given.items():
-        if value is not None and value < 1: raise ValueError(f'{name} must be at least 1, not {value}')
+        if value is not None and value < 1:
+            raise ValueError(f'{name} must be at least 1, not {value}')
     count, T = min(limit or len(data), len(data)), glimpses or model.config.glimpses
     parts = [(start, min(start + rows, count)) for start in range(0, count, rows)]
 

@@ -3,11 +3,11 @@
     pip install playwright
     python tools/check_pages.py [FOLDER] [PAGE...] [--shots FOLDER]
 
-Needs Chromium (or Chrome) and playwright, which drives it without a driver of its own; says so in one
-line and ends well where either is missing. Each page is opened at 1400 and at 400 pixels, in light and
-in dark. A problem is: a page wider than the screen, a figure, table or formula wider than the column,
-an image that does not load, and an error in the console. On the narrow screen a table or a formula may
-be wider than the column if it scrolls in a box of its own. --shots keeps a picture of each view."""
+Needs Chromium (or Chrome) and playwright, which needs no driver beside it; says so in one line and
+ends well where either is missing. Each page is opened at 1400 and at 400 pixels, in light and in
+dark. A problem is: a page wider than the screen, a figure, table or formula wider than the column,
+an image that does not load, and an error in the console. On the narrow screen a table or a formula
+may be wider than the column if it scrolls in a box of its own. --shots keeps a picture of each view."""
 import argparse, shutil, sys
 from pathlib import Path
 
@@ -18,7 +18,8 @@ BROWSERS = 'chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stabl
 FIND_PROBLEMS = '''
 narrow => {
     const problems = []
-    const about = element => (element.alt || element.textContent || '').trim().replace(/\\s+/g, ' ').slice(0, 40)
+    const text = element => (element.alt || element.textContent || '').trim()
+    const about = element => text(element).replace(/\\s+/g, ' ').slice(0, 40)
     const screen = document.documentElement.clientWidth, page = document.documentElement.scrollWidth
     if (page > screen + 1) problems.push(`the page is ${page} px wide`)
     const column = document.querySelector('main')
@@ -31,19 +32,22 @@ narrow => {
                 return box.getBoundingClientRect().right <= right + 1
         return false
     }
-    const kinds = {figure: 'img, svg, video, canvas', table: 'table', formula: '.katex, mjx-container'}
+    const kinds = {
+        figure: 'img, svg, video, canvas', table: 'table', formula: '.katex, mjx-container'}
     for (const [kind, selector] of Object.entries(kinds))
         column.querySelectorAll(selector).forEach((element, number) => {
-            if (element.closest('.katex') && kind === 'figure') return // roots and braces are drawn as SVG
+            if (kind === 'figure' && element.closest('.katex')) return // roots and braces are SVG
             const box = element.getBoundingClientRect()
             if (!box.width) return // in a folded cell
-            const beyond = Math.max(box.right - right, element.scrollWidth - element.clientWidth - 1)
-            const over = kind === 'formula' ? box.right - right : beyond
+            const inside = kind === 'formula' ? 0 : element.scrollWidth - element.clientWidth - 1
+            const over = Math.max(box.right - right, inside)
             if (over > 1 && !(narrow && kind !== 'figure' && scrolls(element)))
-                problems.push(`${kind} ${number + 1} (${about(element)}) is ${Math.ceil(over)} px too wide`)
+                problems.push(
+                    `${kind} ${number + 1} (${about(element)}) is ${Math.ceil(over)} px too wide`)
         })
     for (const image of document.images)
-        if (image.complete && !image.naturalWidth) problems.push(`image ${image.src.slice(0, 80)} does not load`)
+        if (image.complete && !image.naturalWidth)
+            problems.push(`image ${image.src.slice(0, 80)} does not load`)
     return problems
 }'''
 
@@ -109,7 +113,8 @@ if __name__ == '__main__':
     try: from playwright.sync_api import sync_playwright
     except ImportError: sync_playwright = None
     if not browser or not sync_playwright:
-        print(f'NOT CHECKED: the pages need {"playwright" if browser else "Chromium"} to be looked at.')
+        missing = 'playwright' if browser else 'Chromium'
+        print(f'NOT CHECKED: the pages need {missing} to be looked at.')
         sys.exit()
     with sync_playwright() as playwright: found = check(playwright, browser, files, args.shots)
     for (name, problem), views in found.items(): print(f'{name}: {problem} [{", ".join(views)}]')

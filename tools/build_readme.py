@@ -3,7 +3,7 @@
     python tools/build_readme.py
 
 Does what `nbdev_readme` does, for a notebook of text, code, tables and PNG figures. Figures go to
-`index_files/`; links to files in `nbs/` start there, so that they work from the top of the repository."""
+`index_files/`; links to files in `nbs/` start there, so that they work from the top."""
 import base64, os, re, shutil, sys
 from importlib.metadata import entry_points
 from pathlib import Path

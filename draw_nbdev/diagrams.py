@@ -18,9 +18,11 @@ from .attention import filters, read_patch, write_patch
 from .data import load
 from .filterbank import Window
 
-# %% ../nbs/82_diagrams.ipynb #2647ef6b
-_INK = {'text': '#1f2933', 'forward': '#3e4c59', 'encoder': '#1d4ed8', 'decoder': '#b45309', 'canvas': '#047857'} # Colours of text and arrows
+# %% ../nbs/82_diagrams.ipynb #26e8991f
+_INK = {'text': '#1f2933', 'forward': '#3e4c59', 'encoder': '#1d4ed8', 'decoder': '#b45309',
+        'canvas': '#047857'} # Colours of text and arrows
 
+# %% ../nbs/82_diagrams.ipynb #2c1c4ca4
 def _label(
     text: str, # With ^{above} and _{below}
     x: float, # Middle of the text, in units of the drawing
@@ -41,8 +43,10 @@ def _label(
             spans.append(f'<tspan dy="{shift - raised}"{style}>{escape(piece)}</tspan>')
             raised = shift
     turned = f' transform="rotate({turn} {x} {y})"' if turn else ''
-    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{color}"{turned}>{"".join(spans)}</text>'
+    look = f'font-size="{size}" text-anchor="{anchor}" fill="{color}"'
+    return f'<text x="{x}" y="{y}" {look}{turned}>{"".join(spans)}</text>'
 
+# %% ../nbs/82_diagrams.ipynb #dee02519
 class _Box(NamedTuple):
     "A labelled rectangle of the diagram"
     x: float # Left side
@@ -59,96 +63,130 @@ class _Box(NamedTuple):
     ) -> tuple[float, float]: # A point on the edge
         "Where an arrow can begin or end"
         middle_x, middle_y = self.x + self.width / 2, self.y + self.height / 2
-        return {'left': (self.x, middle_y + along), 'right': (self.x + self.width, middle_y + along),
-                'top': (middle_x + along, self.y), 'bottom': (middle_x + along, self.y + self.height)}[which]
+        sides = {
+            'left': (self.x, middle_y + along), 'right': (self.x + self.width, middle_y + along),
+            'top': (middle_x + along, self.y), 'bottom': (middle_x + along, self.y + self.height)}
+        return sides[which]
 
     def svg(self) -> str:
         "Rectangle and label"
         dashes = ' stroke-dasharray="4 3"' * self.dashed
-        rectangle = (f'<rect class="box" x="{self.x}" y="{self.y}" width="{self.width}" height="{self.height}" rx="6" fill="{self.fill}" '
+        place = f'x="{self.x}" y="{self.y}" width="{self.width}" height="{self.height}"'
+        rectangle = (f'<rect class="box" {place} rx="6" fill="{self.fill}" '
                      f'stroke="{_INK["forward"]}" stroke-width="1.4"{dashes}/>')
         return rectangle + _label(self.label, self.x + self.width / 2, self.y + self.height / 2 + 5)
 
+# %% ../nbs/82_diagrams.ipynb #34c1fede
 def _arrow(
     *points: tuple[float, float], # Start, bends, end
     color: str = _INK['forward'],
     dashed: bool = False, # For steps left out
 ) -> str: # SVG
-    "A line with a head, drawn as a triangle of its own: markers need names, and two drawings on a page would share them."
+    "A line with a head, a triangle of its own: markers need names, which two drawings would share."
     (x0, y0), (x, y) = points[-2:]
     length = abs(x - x0) + abs(y - y0)
     dx, dy = (x - x0) / length, (y - y0) / length # one of them is 0
-    head = f'{x},{y} {x - 9*dx - 4.5*dy},{y - 9*dy - 4.5*dx} {x - 9*dx + 4.5*dy},{y - 9*dy + 4.5*dx}'
+    left = f'{x - 9*dx - 4.5*dy},{y - 9*dy - 4.5*dx}'
+    right = f'{x - 9*dx + 4.5*dy},{y - 9*dy + 4.5*dx}'
+    head = f'{x},{y} {left} {right}'
     line = ' '.join(f'{a},{b}' for a, b in points)
     dashes = ' stroke-dasharray="4 3"' * dashed
-    return (f'<polyline class="arrow" points="{line}" fill="none" stroke="{color}" stroke-width="1.6" stroke-linejoin="round"{dashes}/>'
+    return (f'<polyline class="arrow" points="{line}" fill="none" stroke="{color}" '
+            f'stroke-width="1.6" stroke-linejoin="round"{dashes}/>'
             f'<polygon points="{head}" fill="{color}"/>')
 
 # %% ../nbs/82_diagrams.ipynb #ef9ad0ee
 def recurrence_diagram() -> str: # SVG, 780 x 690 units
     "Fig 2, drawn anew: a variational autoencoder beside two steps of DRAW, time from left to right"
     blue, orange, green = '#dbe7fd', '#fdebd3', '#d6f2e4'
-    rows = dict(x=76, read=148, encoder=214, Q=280, z=370, decoder=436, write=502, canvas=568, P=634) # Upper sides
+    rows = dict(x=76, read=148, encoder=214, Q=280, z=370, decoder=436, write=502, canvas=568,
+                P=634) # Upper sides
     high = 40
 
     # Left: everything happens once
-    names = dict(x='x', encoder='encoder FNN', Q='Q(z | x)', z='sample z', decoder='decoder FNN', P='P(x | z)')
+    names = dict(x='x', encoder='encoder FNN', Q='Q(z | x)', z='sample z', decoder='decoder FNN',
+                 P='P(x | z)')
     fills = dict(encoder=blue, decoder=orange)
-    once = {key: _Box(38, rows[key], 118, high, name, fills.get(key, '#ffffff')) for key, name in names.items()}
-    arrows = [_arrow(a.side('bottom'), b.side('top')) for a, b in zip(list(once.values()), list(once.values())[1:])]
+    once = {key: _Box(38, rows[key], 118, high, name, fills.get(key, '#ffffff'))
+            for key, name in names.items()}
+    chain = list(once.values())
+    arrows = [_arrow(a.side('bottom'), b.side('top')) for a, b in zip(chain, chain[1:])]
 
     # Right: two steps, the states before them and after them
     def step(left, now, before):
         "Boxes of one step in a column that begins at x = left"
-        read = f'read  r_{{{now}}}', blue
-        names = dict(read=read, encoder=(f'encoder RNN  h^{{enc}}_{{{now}}}', blue), Q=(f'Q(z_{{{now}}} | x, z_{{1:{before}}})', '#ffffff'),
-                     z=(f'sample z_{{{now}}}', '#ffffff'), decoder=(f'decoder RNN  h^{{dec}}_{{{now}}}', orange), write=('write', orange),
-                     canvas=(f'canvas c_{{{now}}}', green))
-        wide = {key: _Box(left, rows[key], 164, high, *name) for key, name in names.items()}
-        return wide | dict(error=_Box(left, rows['x'], 84, high, f'error x\u0302_{{{now}}}'), x=_Box(left + 112, rows['x'], 52, high, 'x'))
+        names = dict(
+            read=(f'read  r_{{{now}}}', blue), encoder=(f'encoder RNN  h^{{enc}}_{{{now}}}', blue),
+            Q=(f'Q(z_{{{now}}} | x, z_{{1:{before}}})', '#ffffff'),
+            z=(f'sample z_{{{now}}}', '#ffffff'),
+            decoder=(f'decoder RNN  h^{{dec}}_{{{now}}}', orange), write=('write', orange),
+            canvas=(f'canvas c_{{{now}}}', green))
+        boxes = {key: _Box(left, rows[key], 164, high, *name) for key, name in names.items()}
+        boxes['error'] = _Box(left, rows['x'], 84, high, f'error x\u0302_{{{now}}}')
+        boxes['x'] = _Box(left + 112, rows['x'], 52, high, 'x')
+        return boxes
+
+    def state(key, label): return _Box(188, rows[key], 62, high, label, dashed=True)
+
     first, second = step(302, 't', 't\u22121'), step(562, 't+1', 't')
-    state = lambda key, label: _Box(188, rows[key], 62, high, label, dashed=True)
-    before = dict(encoder=state('encoder', 'h^{enc}_{t\u22121}'), decoder=state('decoder', 'h^{dec}_{t\u22121}'),
+    before = dict(encoder=state('encoder', 'h^{enc}_{t\u22121}'),
+                  decoder=state('decoder', 'h^{dec}_{t\u22121}'),
                   canvas=state('canvas', 'c_{t\u22121}'))
-    after = {key: _Box(748, rows[key], 24, high, '\u2026', dashed=True) for key in ('encoder', 'decoder')}
+    after = {key: _Box(748, rows[key], 24, high, '\u2026', dashed=True)
+             for key in ('encoder', 'decoder')}
     result = _Box(562, rows['P'], 164, high, 'P(x | z_{1:T}) = \u03c3(c_{T})')
 
     for now in (first, second):
         down = 'read', 'encoder', 'Q', 'z', 'decoder', 'write', 'canvas'
-        arrows += [_arrow(now[a].side('bottom'), now[b].side('top')) for a, b in zip(down, down[1:])]
-        arrows += [_arrow(now['x'].side('left'), now['error'].side('right')), _arrow(now['x'].side('bottom'), now['read'].side('top', 56)),
+        arrows += [_arrow(now[a].side('bottom'), now[b].side('top'))
+                   for a, b in zip(down, down[1:])]
+        arrows += [_arrow(now['x'].side('left'), now['error'].side('right')),
+                   _arrow(now['x'].side('bottom'), now['read'].side('top', 56)),
                    _arrow(now['error'].side('bottom'), now['read'].side('top', -40))]
     for old, now in ((before, first), (first, second)):
-        sources = {key: old[key].side('right', -9 if key == 'encoder' else 0) for key in ('encoder', 'decoder', 'canvas')}
-        arrows += [_arrow(start, now[key].side('left', -9 if key == 'encoder' else 0), color=_INK[key]) for key, start in sources.items()]
-        bends = dict(canvas=sources['canvas'][0] + 14, decoder=now['decoder'].x - 20) # Columns in which copies rise
-        above = ('canvas', now['error'].side('left')), ('decoder', now['read'].side('left')), ('decoder', now['encoder'].side('left', 9))
+        higher = dict(encoder=-9, decoder=0, canvas=0) # Above the middle, to leave room for h^dec
+        sources = {key: old[key].side('right', along) for key, along in higher.items()}
+        for key, start in sources.items():
+            arrows.append(_arrow(start, now[key].side('left', higher[key]), color=_INK[key]))
+        # Where copies rise
+        bends = dict(canvas=sources['canvas'][0] + 14, decoder=now['decoder'].x - 20)
+        above = (('canvas', now['error'].side('left')), ('decoder', now['read'].side('left')),
+                 ('decoder', now['encoder'].side('left', 9)))
         for key, target in above:
             (x, y), bend = sources[key], bends[key]
             arrows += [_arrow((x, y), (bend, y), (bend, target[1]), target, color=_INK[key]),
                        f'<circle cx="{bend}" cy="{y}" r="3.2" fill="{_INK[key]}"/>']
-    arrows += [_arrow(second[key].side('right'), after[key].side('left'), color=_INK[key]) for key in after]
-    arrows += [_arrow(second['canvas'].side('bottom'), result.side('top'), color=_INK['canvas'], dashed=True)]
+    for key in after:
+        arrows.append(_arrow(second[key].side('right'), after[key].side('left'), color=_INK[key]))
+    to_result = second['canvas'].side('bottom'), result.side('top')
+    arrows.append(_arrow(*to_result, color=_INK['canvas'], dashed=True))
 
-    boxes = [*once.values(), *before.values(), *first.values(), *second.values(), *after.values(), result]
-    halves = ['<rect x="0" y="60" width="780" height="285" fill="#f3f7ff"/><rect x="0" y="345" width="780" height="345" fill="#fff9f0"/>',
+    boxes = [*once.values(), *before.values(), *first.values(), *second.values(), *after.values(),
+             result]
+    halves = ['<rect x="0" y="60" width="780" height="285" fill="#f3f7ff"/>'
+              '<rect x="0" y="345" width="780" height="345" fill="#fff9f0"/>',
               '<line x1="172" y1="36" x2="172" y2="678" stroke="#9aa5b1"/>']
     texts = [_label('Variational autoencoder', 8, 24, size=14, anchor='start'),
              _label('DRAW: two of its T steps', 188, 24, size=14, anchor='start'),
              _label('step t', 384, 48), _label('step t+1', 644, 48),
              _label('encoding half', 22, 202, turn=-90), _label('decoding half', 22, 517, turn=-90),
              _label('after the last step', 554, 659, size=13, anchor='end')]
-    about = ('Left, from top to bottom: x enters the encoder network, which gives Q of z given x; a sample z enters the decoder network, which '
-             'gives P of x given z. Right, for steps t and t+1: read takes x, the error image made of x and the canvas of the step before, and the '
-             'decoder output of the step before; the encoder network takes what was read, its own state and the decoder output of the step before, '
-             'and gives Q of z; a sample z and its own state enter the decoder network; write adds its output to the canvas. After the last step T '
-             'the logistic function of the canvas gives P of x.')
-    return ('<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 780 690" width="780" height="690" '
-            'font-family="Helvetica, Arial, sans-serif">\n'
-            f'<title>A variational autoencoder beside the recurrence of DRAW</title>\n<desc>{about}</desc>\n'
-            '<rect width="780" height="690" fill="#ffffff"/>\n' + '\n'.join([*halves, *arrows, *(box.svg() for box in boxes), *texts]) + '\n</svg>\n')
+    about = (
+        'Left, from top to bottom: x enters the encoder network, which gives Q of z given x; a '
+        'sample z enters the decoder network, which gives P of x given z. Right, for steps t and '
+        't+1: read takes x, the error image made of x and the canvas of the step before, and the '
+        'decoder output of the step before; the encoder network takes what was read, its own state '
+        'and the decoder output of the step before, and gives Q of z; a sample z and its own state '
+        'enter the decoder network; write adds its output to the canvas. After the last step T the '
+        'logistic function of the canvas gives P of x.')
+    drawn = '\n'.join([*halves, *arrows, *(box.svg() for box in boxes), *texts])
+    return ('<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 780 690" width="780" '
+            'height="690" font-family="Helvetica, Arial, sans-serif">\n'
+            '<title>A variational autoencoder beside the recurrence of DRAW</title>\n'
+            f'<desc>{about}</desc>\n<rect width="780" height="690" fill="#ffffff"/>\n'
+            f'{drawn}\n</svg>\n')
 
-# %% ../nbs/82_diagrams.ipynb #fe094638
+# %% ../nbs/82_diagrams.ipynb #435f8c75
 def _window(
     center_x: float, # g_X, in pixels
     center_y: float, # g_Y, in pixels
@@ -156,8 +194,10 @@ def _window(
     deviation: float, # sigma, in pixels
 ) -> Window: # Intensity 1, each field of shape (1,)
     "One window from plain numbers"
-    return Window(*(torch.tensor([value], dtype=torch.float32) for value in (center_x, center_y, stride, deviation**2, 1)))
+    fields = center_x, center_y, stride, deviation**2, 1
+    return Window(*(torch.tensor([value], dtype=torch.float32) for value in fields))
 
+# %% ../nbs/82_diagrams.ipynb #451d3ed9
 def _centers(
     window: Window, # Fields of shape (1,)
     size: int, # Filters in a row, N
@@ -166,6 +206,7 @@ def _centers(
     offset = (np.arange(1, size + 1) - size / 2 - 0.5) * window.stride.item()
     return window.center_x.item() + offset, window.center_y.item() + offset
 
+# %% ../nbs/82_diagrams.ipynb #670c4161
 def _frame(
     ax, # Where to draw
     window: Window, # Fields of shape (1,)
@@ -175,8 +216,10 @@ def _frame(
     "Draw a window as a square through its outermost filters."
     from matplotlib.patches import Rectangle
     x, y = _centers(window, size)
-    ax.add_patch(Rectangle((x[0], y[0]), x[-1] - x[0], y[-1] - y[0], fill=False, color=color, linewidth=2))
+    sides = x[-1] - x[0], y[-1] - y[0]
+    ax.add_patch(Rectangle((x[0], y[0]), *sides, fill=False, color=color, linewidth=2))
 
+# %% ../nbs/82_diagrams.ipynb #213da50c
 def _panels(
     rows: Sequence[Sequence[str]], # Names of panels, as `subplot_mosaic` has them
     images: dict[str, Tensor], # Grey image of each, shape (height, width)
@@ -188,11 +231,13 @@ def _panels(
 ): # matplotlib Figure, and its panels by name
     "Images side by side, with pixels counted from 1."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplot_mosaic(rows, figsize=(width, height), layout='constrained', facecolor='white', **options)
+    figure, axes = plt.subplot_mosaic(rows, figsize=(width, height), layout='constrained',
+                                      facecolor='white', **options)
     plt.close(figure) # shown when returned, not once more at the end of the cell
     for name, ax in axes.items():
         B, A = images[name].shape
-        ax.imshow(images[name], cmap='gray', vmin=0, vmax=(ranges or {}).get(name, 1), extent=(0.5, A + 0.5, B + 0.5, 0.5))
+        white, extent = (ranges or {}).get(name, 1), (0.5, A + 0.5, B + 0.5, 0.5)
+        ax.imshow(images[name], cmap='gray', vmin=0, vmax=white, extent=extent)
         ax.set(title=titles[name], xticks=[], yticks=[])
     return figure, axes
 
@@ -202,45 +247,57 @@ def filter_grid(): # matplotlib Figure with the panels grid, digit, near, sharp 
     from matplotlib.patches import Circle
     digit = load('mnist_grey', 'test')[35][0]
     B, A = digit.shape
-    windows = dict(near=_window(11, 20, 0.8, 1.5), sharp=_window(14, 15, 1.8, 0.3), blurred=_window(14, 15, 2.2, 1.5))
+    windows = dict(near=_window(11, 20, 0.8, 1.5), sharp=_window(14, 15, 1.8, 0.3),
+                   blurred=_window(14, 15, 2.2, 1.5))
     colors = dict(near='#d55e00', sharp='#009e73', blurred='#56b4e9')
-    images, titles = dict(grid=digit * 0.4, digit=digit), dict(grid='3 x 3 filters', digit='one digit, 28 x 28')
-    for name, text in dict(near='small $\\delta$, large $\\sigma$', sharp='large $\\delta$, small $\\sigma$', blurred='both large').items():
-        filter_y, filter_x = filters(windows[name], 12, B, A)
-        images[name], titles[name] = read_patch(digit[None, None], filter_y, filter_x)[0, 0], text
-    figure, axes = _panels([list(images)], images, titles, 10, 2.8, width_ratios=[1.3, 1.3, 1, 1, 1])
+    images = dict(grid=digit * 0.4, digit=digit)
+    titles = dict(grid='3 x 3 filters', digit='one digit, 28 x 28',
+                  near='small $\\delta$, large $\\sigma$', sharp='large $\\delta$, small $\\sigma$',
+                  blurred='both large')
+    for name, window in windows.items():
+        filter_y, filter_x = filters(window, 12, B, A)
+        images[name] = read_patch(digit[None, None], filter_y, filter_x)[0, 0]
+    figure, axes = _panels([list(images)], images, titles, 10, 2.8,
+                           width_ratios=[1.3, 1.3, 1, 1, 1])
     for name, window in windows.items():
         _frame(axes['digit'], window, 12, colors[name])
-        axes[name].set_xlabel(f'$\\delta$ = {window.stride.item():.1f}, $\\sigma$ = {window.variance.item()**0.5:.1f}')
+        delta, sigma = window.stride.item(), window.variance.item()**0.5
+        axes[name].set_xlabel(f'$\\delta$ = {delta:.1f}, $\\sigma$ = {sigma:.1f}')
         for spine in axes[name].spines.values(): spine.set(color=colors[name], linewidth=4)
 
     ax, window, ink = axes['grid'], _window(13, 16, 7, 1.8), '#ffd23f'
     x, y = _centers(window, 3)
+    sigma = window.variance.item()**0.5
     for a in x:
-        for b in y: ax.add_patch(Circle((a, b), window.variance.item()**0.5, color=ink, alpha=0.55, linewidth=0))
+        for b in y: ax.add_patch(Circle((a, b), sigma, color=ink, alpha=0.55, linewidth=0))
     ax.plot(*np.meshgrid(x, y), '.', color='black', markersize=4)
     ax.plot([x[1], x[1], 0.5], [B + 0.5, y[1], y[1]], ':', color='white', linewidth=1.2)
-    ax.set_xticks([x[1]], ['$g_X$']); ax.set_yticks([y[1]], ['$g_Y$'])
-    ax.annotate('', (x[1], y[0] - 3), (x[2], y[0] - 3), arrowprops=dict(arrowstyle='<->', color='white', shrinkA=0, shrinkB=0))
+    ax.set_xticks([x[1]], ['$g_X$'])
+    ax.set_yticks([y[1]], ['$g_Y$'])
+    arrow = dict(arrowstyle='<->', color='white', shrinkA=0, shrinkB=0)
+    ax.annotate('', (x[1], y[0] - 3), (x[2], y[0] - 3), arrowprops=arrow)
     ax.text((x[1] + x[2]) / 2, y[0] - 4, '$\\delta$', color='white', ha='center', va='bottom')
     return figure
 
 # %% ../nbs/82_diagrams.ipynb #59ce4cd0
 def zoom(): # matplotlib Figure with the panels image, patch, back, first and last
-    "Fig 4: a photograph, what a 12 x 12 window reads from it, that patch put back, and the first and the last of the 144 filters"
+    "Fig 4: a photograph, a 12 x 12 patch of it, that patch put back, and two of the 144 filters"
     from matplotlib.cbook import get_sample_data
-    with get_sample_data('grace_hopper.jpg') as file: photo = Image.open(file).convert('L').crop((120, 60, 420, 285))
+    with get_sample_data('grace_hopper.jpg') as file:
+        photo = Image.open(file).convert('L').crop((120, 60, 420, 285))
     photo = torch.tensor(np.asarray(photo.resize((100, 75), Image.Resampling.BOX))) / 255
     B, A = photo.shape
     window = _window(53, 38, 3.8, 2.4)
     filter_y, filter_x = filters(window, 12, B, A)
     patch = read_patch(photo[None, None], filter_y, filter_x)
     images = dict(image=photo, patch=patch[0, 0], back=write_patch(patch, filter_y, filter_x)[0, 0])
-    images |= {name: torch.outer(filter_y[0, k], filter_x[0, k]) for name, k in (('first', 0), ('last', -1))}
+    for name, k in (('first', 0), ('last', -1)):
+        images[name] = torch.outer(filter_y[0, k], filter_x[0, k])
     titles = dict(image='image, 100 x 75', patch='patch, 12 x 12', back='patch put back',
                   first='first of the 144 filters', last='last of the 144 filters')
     ranges = {name: images[name].max() for name in ('back', 'first', 'last')}
-    rows = ['image'] * 2 + ['patch'] * 2 + ['back'] * 2, ['.', 'first', 'first', 'last', 'last', '.']
+    rows = (['image', 'image', 'patch', 'patch', 'back', 'back'],
+            ['.', 'first', 'first', 'last', 'last', '.'])
     figure, axes = _panels(rows, images, titles, 9, 5, ranges)
     for name in ('image', 'first', 'last'): _frame(axes[name], window, 12, '#00b050')
     return figure

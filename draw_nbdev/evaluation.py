@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from .data import Images
-from .loss import bound, importance_weighted_bound
+from .loss import Bound, bound, importance_weighted_bound
 from .model import DRAW
 
 # %% ../nbs/70_evaluation.ipynb #da63ccad
@@ -26,7 +26,7 @@ class Evaluation:
     seeds: int # Number of evaluations, with seeds 0, 1, ...
     bound: float # Mean over images and seeds of L, an upper bound on -log p(x)
     bound_se: float # Standard error of that mean over images
-    bound_spread: float | None # Standard deviation over seeds of the mean over images; None for a single seed
+    bound_spread: float | None # Deviation over seeds of the mean over images; None for one seed
     reconstruction: float # Mean of L^x
     latent: float # Mean of L^z
     kl_per_step: list[float] # Mean of L^z_t for each step
@@ -34,7 +34,46 @@ class Evaluation:
     iw_bound: float | None = None # Mean over images of L_k
     iw_bound_se: float | None = None # Its standard error over images
 
-# %% ../nbs/70_evaluation.ipynb #8e79170d
+# %% ../nbs/70_evaluation.ipynb #a3c558ef
+def _bound_of_part(
+    model: DRAW,
+    data: Images,
+    start: int, # First image
+    stop: int, # The one after the last
+    glimpses: int, # Steps, T
+    seed: int, # Of the evaluation
+) -> Bound: # Terms of shape (stop - start,), and (glimpses, stop - start)
+    "The bound of some images, with noise that belongs to seed and place"
+    device = model.initial_canvas.device
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+    images = data.batch(torch.arange(start, stop), generator)
+    noise = torch.randn(glimpses, len(images), model.config.latent_size, generator=generator)
+    return bound(model(images.to(device), noise.to(device)), images.to(device))
+
+# %% ../nbs/70_evaluation.ipynb #155b1575
+def _weighted_bounds(
+    model: DRAW,
+    data: Images,
+    parts: list[tuple[int, int]], # First image and the one after the last
+    glimpses: int, # Steps, T
+    samples: int, # Importance samples, k
+    rows: int, # Images times samples in one pass
+) -> Tensor: # L_k in nats, shape (count,)
+    "The importance-weighted bound of all parts"
+    generator, bounds = torch.Generator().manual_seed(0), []
+    for start, stop in tqdm(parts, disable=None, leave=False, desc=f'k = {samples}'):
+        images = data.batch(torch.arange(start, stop), generator).to(model.initial_canvas.device)
+        bounds.append(importance_weighted_bound(model, images, samples, generator, rows, glimpses))
+    return torch.cat(bounds).cpu().double()
+
+# %% ../nbs/70_evaluation.ipynb #9df8d4d6
+def _standard_error(
+    values: Tensor, # One for each image, shape (count,)
+) -> float: # Not a number for a single image
+    "Of the mean"
+    return (values.std() / len(values)**0.5).item() if len(values) > 1 else float('nan')
+
+# %% ../nbs/70_evaluation.ipynb #fa314a10
 @torch.no_grad()
 def evaluate(
     model: DRAW, # The network
@@ -46,33 +85,29 @@ def evaluate(
     rows: int = 500, # Images in one pass: bounds the memory
 ) -> Evaluation: # Raises `ValueError` where images and network do not fit
     "Bound, its parts and its errors over a set; the same numbers again for the same arguments"
-    for name, value in dict(glimpses=glimpses, seeds=seeds, samples=samples, limit=limit, rows=rows).items():
-        if value is not None and value < 1: raise ValueError(f'{name} must be at least 1, not {value}')
+    given = dict(glimpses=glimpses, seeds=seeds, samples=samples, limit=limit, rows=rows)
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f'{name} must be at least 1, not {value}')
     count, T = min(limit or len(data), len(data)), glimpses or model.config.glimpses
-    device = model.initial_canvas.device
-    passes = [(seed, start) for seed in range(seeds) for start in range(0, count, rows)]
-    results = {seed: [] for seed in range(seeds)}
-    for seed, start in tqdm(passes, disable=None, leave=False, desc=f'{data.name} {data.split}'):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        images = data.batch(torch.arange(start, min(start + rows, count)), generator)
-        noise = torch.randn(T, len(images), model.config.latent_size, generator=generator)
-        parts = bound(model(images.to(device), noise.to(device)), images.to(device))
-        results[seed].append((parts.total, parts.reconstruction, parts.latent, parts.per_step))
-    total, reconstruction, latent, per_step = (torch.stack([torch.cat(v, dim=-1) for v in part]).cpu().double()
-                                               for part in zip(*(zip(*results[seed]) for seed in range(seeds))))
-    weighted = None
-    if samples:
-        generator = torch.Generator().manual_seed(0)
-        def part(start):
-            images = data.batch(torch.arange(start, min(start + rows, count)), generator).to(device)
-            return importance_weighted_bound(model, images, samples, generator, rows, T)
-        weighted = torch.cat([part(start) for start in tqdm(range(0, count, rows), disable=None, leave=False, desc=f'k = {samples}')]).cpu().double()
-    error = lambda values: (values.std() / len(values)**0.5).item() if len(values) > 1 else float('nan')
+    parts = [(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+    evaluations = []
+    for seed in range(seeds):
+        progress = tqdm(parts, disable=None, leave=False, desc=f'{data.name} {data.split}')
+        bounds = [_bound_of_part(model, data, *part, T, seed) for part in progress]
+        evaluations.append([torch.cat(term, dim=-1).cpu().double() for term in zip(*bounds)])
+    total, reconstruction, latent, per_step = (torch.stack(term) for term in zip(*evaluations))
+    weighted = _weighted_bounds(model, data, parts, T, samples, rows) if samples else None
+
     return Evaluation(
         data=data.name, split=data.split, note=data.note, images=count, glimpses=T, seeds=seeds,
-        bound=total.mean().item(), bound_se=error(total.mean(0)), bound_spread=total.mean(1).std().item() if seeds > 1 else None,
-        reconstruction=reconstruction.mean().item(), latent=latent.mean().item(), kl_per_step=per_step.mean((0, 2)).tolist(),
-        iw_samples=samples, iw_bound=weighted.mean().item() if samples else None, iw_bound_se=error(weighted) if samples else None)
+        bound=total.mean().item(), bound_se=_standard_error(total.mean(0)),
+        bound_spread=total.mean(1).std().item() if seeds > 1 else None,
+        reconstruction=reconstruction.mean().item(), latent=latent.mean().item(),
+        kl_per_step=per_step.mean((0, 2)).tolist(), iw_samples=samples,
+        iw_bound=weighted.mean().item() if samples else None,
+        iw_bound_se=_standard_error(weighted) if samples else None)
 
 # %% ../nbs/70_evaluation.ipynb #e01120d3
 @torch.no_grad()
@@ -80,14 +115,16 @@ def nearest_images(
     queries: Tensor, # Images to look for, values in 0..1, shape (count, channels, height, width)
     data: Images, # Where to look
     rows: int = 1000, # Images compared at once: bounds the memory
-) -> tuple[Tensor, Tensor]: # Index of the nearest image, shape (count,), and its distance in pixel L2, shape (count,)
+) -> tuple[Tensor, Tensor]: # Index of the nearest image and its distance in pixel L2, (count,) each
     "Exact nearest neighbours in pixel space"
     flat = queries.flatten(1).double()
-    best, index = torch.full((len(flat),), torch.inf).double(), torch.zeros(len(flat), dtype=torch.long)
+    best = torch.full((len(flat),), torch.inf).double()
+    index = torch.zeros(len(flat), dtype=torch.long)
     for start in range(0, len(data), rows):
         chunk = data.batch(torch.arange(start, min(start + rows, len(data)))).flatten(1).double()
         nearest = ((chunk**2).sum(1) - 2 * flat @ chunk.T).argmin(1)
         distance = (flat - chunk[nearest]).norm(dim=1)
         closer = distance < best
-        best, index = torch.where(closer, distance, best), torch.where(closer, nearest + start, index)
+        best = torch.where(closer, distance, best)
+        index = torch.where(closer, nearest + start, index)
     return index, best.to(queries.dtype)

@@ -15,29 +15,38 @@ from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 from .files import replacing
 
-# %% ../nbs/80_plots.ipynb #4b3c890f
+# %% ../nbs/80_plots.ipynb #e681ac51
 _FIELDS = 'center_x', 'center_y', 'stride', 'variance'
-WRITE_COLOR, READ_COLOR = '#e8291c', '#00b050' # The paper's: red where the network writes, green where it reads
+# The paper's: red where the network writes, green where it reads
+WRITE_COLOR, READ_COLOR = '#e8291c', '#00b050'
 
+# %% ../nbs/80_plots.ipynb #97d65d0e
 def _checked(
     images: Tensor, # Images to draw, shape (..., channels, height, width)
     name: str = 'images', # What to call them in the message
 ) -> Tensor: # The same in float32 on the CPU, without gradient
     "Raise ValueError unless `images` are floats in [0, 1] with one channel or three."
     if images.ndim < 3 or images.shape[-3] not in (1, 3) or not images.numel():
-        raise ValueError(f'{name} must have shape (..., 1 or 3, height, width) and hold something, not {tuple(images.shape)}')
-    if not images.is_floating_point(): raise ValueError(f'{name} must be floats in [0, 1], not {images.dtype}: divide bytes by 255')
-    if not (images.min() >= 0 and images.max() <= 1): raise ValueError(f'{name} must lie in [0, 1]: take torch.sigmoid of a canvas')
+        raise ValueError(f'{name} must have shape (..., 1 or 3, height, width) and hold something, '
+                         f'not {tuple(images.shape)}')
+    if not images.is_floating_point():
+        raise ValueError(f'{name} must be floats in [0, 1], not {images.dtype}: '
+                         'divide bytes by 255')
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f'{name} must lie in [0, 1]: take torch.sigmoid of a canvas')
     return images.detach().float().cpu()
 
+# %% ../nbs/80_plots.ipynb #5366b6de
 def _enlarge(
     images: Tensor, # shape (..., height, width)
     zoom: int, # Whole number of times
 ) -> Tensor: # shape (..., zoom * height, zoom * width)
     "Repeat every pixel `zoom` times in both directions."
-    if zoom < 1 or zoom != int(zoom): raise ValueError(f'zoom must be a whole number from 1, not {zoom}')
+    if zoom < 1 or zoom != int(zoom):
+        raise ValueError(f'zoom must be a whole number from 1, not {zoom}')
     return images.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
 
+# %% ../nbs/80_plots.ipynb #d8fc7990
 def image_grid(
     images: Tensor, # Images in [0, 1], shape (count, channels, height, width), 1 or 3 channels
     columns: int | None = None, # Images in a row; as square as possible if None
@@ -47,14 +56,17 @@ def image_grid(
     "Lay images out in a grid, without a margin around it."
     from torchvision.utils import make_grid
     images = _enlarge(_checked(images), zoom)
-    if images.ndim != 4: raise ValueError(f'images must have shape (count, channels, height, width), not {tuple(images.shape)}')
+    if images.ndim != 4:
+        raise ValueError(f'images must have shape (count, channels, height, width), '
+                         f'not {tuple(images.shape)}')
     columns = math.ceil(len(images) ** 0.5) if columns is None else columns
     if columns < 1: raise ValueError(f'columns must be 1 or more, not {columns}')
     grid = make_grid(images, nrow=columns, padding=pad, pad_value=1.)
-    if len(images) > 1: grid = grid[:, pad:grid.shape[1] - pad, pad:grid.shape[2] - pad] # a single image gets no margin from make_grid
+    if len(images) > 1: # a single image gets no margin from make_grid
+        grid = grid[:, pad:grid.shape[1] - pad, pad:grid.shape[2] - pad]
     return Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy())
 
-# %% ../nbs/80_plots.ipynb #4ce3203a
+# %% ../nbs/80_plots.ipynb #d006d522
 def save(
     picture, # PIL image or matplotlib figure
     path: str | os.PathLike, # Where to; the ending says the format. Missing folders are made
@@ -73,36 +85,44 @@ def save(
 # %% ../nbs/80_plots.ipynb #402eabdd
 def draw_windows(
     images: Tensor, # Images in [0, 1], shape (..., channels, height, width), 1 or 3 channels
-    windows, # Windows in pixels: `center_x`, `center_y`, `stride`, `variance` of a shape that broadcasts with the images' leading axes
+    windows, # In pixels: `center_x`, `center_y`, `stride`, `variance`; broadcast with leading axes
     size: int, # Side of the patch, the paper's N
     zoom: int = 4, # Screen pixels to an image pixel, a whole number
     color: str = WRITE_COLOR, # Of the border, any name or #rrggbb that Pillow knows
 ) -> Tensor: # Images in [0, 1] with windows on them, shape (..., 3, zoom * height, zoom * width)
     "Draw the attention grid of each window as a rectangle whose border is one deviation wide."
     images = _checked(images)
-    if size < 1: raise ValueError(f'size is the side of the patch and must be 1 or more, not {size}')
+    if size < 1:
+        raise ValueError(f'size is the side of the patch and must be 1 or more, not {size}')
     height, width = images.shape[-2:]
-    center_x, center_y, stride, variance = (getattr(windows, field).detach().float().cpu()[..., None] for field in _FIELDS)
+    fields = [getattr(windows, field).detach().float().cpu()[..., None] for field in _FIELDS]
+    center_x, center_y, stride, variance = fields
     try: torch.broadcast_shapes(center_x.shape[:-1], images.shape[:-3])
     except RuntimeError:
-        raise ValueError(f'windows of shape {tuple(center_x.shape[:-1])} do not fit images of shape {tuple(images.shape)}') from None
+        raise ValueError(f'windows of shape {tuple(center_x.shape[:-1])} do not fit '
+                         f'images of shape {tuple(images.shape)}') from None
     side = zoom * (size - 1) * stride
-    border = (zoom * variance.sqrt()).clamp(max=zoom * min(height, width) / 8).round().clamp(min=min(zoom, 2))
+    border = (zoom * variance.sqrt()).clamp(max=zoom * min(height, width) / 8).round()
+    border = border.clamp(min=min(zoom, 2))
 
     def spans(center, length):
-        "Screen pixels inside the outer and the inner edge of the border, shape (..., zoom * length) each."
+        "Screen pixels inside the outer and inner edge of the border, (..., zoom * length) each."
         pixels, middle = torch.arange(zoom * length), zoom * (center - 0.5)
-        low, high = (middle - side / 2 - border / 2).round(), (middle + side / 2 - border / 2).round()
-        return (low <= pixels) & (pixels < high + border), (low + border <= pixels) & (pixels < high)
+        low = (middle - side / 2 - border / 2).round()
+        high = (middle + side / 2 - border / 2).round()
+        outer = (low <= pixels) & (pixels < high + border)
+        inner = (low + border <= pixels) & (pixels < high)
+        return outer, inner
 
     (outer_x, inner_x), (outer_y, inner_y) = spans(center_x, width), spans(center_y, height)
-    outer, inner = (y[..., :, None] & x[..., None, :] for y, x in ((outer_y, outer_x), (inner_y, inner_x)))
+    outer = outer_y[..., :, None] & outer_x[..., None, :]
+    inner = inner_y[..., :, None] & inner_x[..., None, :]
     ink = torch.tensor(ImageColor.getrgb(color)[:3]).view(3, 1, 1) / 255
     return torch.where((outer & ~inner).unsqueeze(-3), ink, _enlarge(images, zoom))
 
-# %% ../nbs/80_plots.ipynb #e70c5d7a
+# %% ../nbs/80_plots.ipynb #b279d5a2
 def _at_times(
-    canvases: Tensor, # Logits from the initial canvas on, shape (glimpses + 1, batch, channels, height, width)
+    canvases: Tensor, # Logits from c_0 on, shape (glimpses + 1, batch, channels, height, width)
     windows, # Windows of each write, fields of shape (glimpses, batch), in pixels, or None
     size: int | None, # Side of the patch, needed with windows
     times: list[int], # Glimpses to show, counted from 1
@@ -111,39 +131,46 @@ def _at_times(
 ) -> Tensor: # Images in [0, 1], shape (len(times), batch, 1 or 3, zoom * height, zoom * width)
     "The canvases after some of the glimpses, enlarged, with the windows if there are any."
     if canvases.ndim != 5 or len(canvases) < 2:
-        raise ValueError(f'canvases must have shape (glimpses + 1, batch, channels, height, width), not {tuple(canvases.shape)}')
+        raise ValueError('canvases must have shape (glimpses + 1, batch, channels, height, width), '
+                         f'not {tuple(canvases.shape)}')
     images = canvases[times].sigmoid()
     if windows is None: return _enlarge(_checked(images, 'canvases'), zoom)
     if size is None: raise ValueError('windows need size, the side of the patch')
-    if windows.center_x.shape != (len(canvases) - 1, canvases.shape[1]):
-        raise ValueError(f'windows must have shape {(len(canvases) - 1, canvases.shape[1])}, a window for each write, '
+    shape = len(canvases) - 1, canvases.shape[1]
+    if windows.center_x.shape != shape:
+        raise ValueError(f'windows must have shape {shape}, a window for each write, '
                          f'not {tuple(windows.center_x.shape)}')
     earlier = [time - 1 for time in times] # windows count from 0
-    return draw_windows(images, SimpleNamespace(**{field: getattr(windows, field)[earlier] for field in _FIELDS}), size, zoom, color)
+    shown = SimpleNamespace(**{field: getattr(windows, field)[earlier] for field in _FIELDS})
+    return draw_windows(images, shown, size, zoom, color)
 
+# %% ../nbs/80_plots.ipynb #871fd981
 def sequence_grid(
-    canvases: Tensor, # Logits from the initial canvas on, shape (glimpses + 1, batch, channels, height, width)
-    windows=None, # Windows of each write, fields of shape (glimpses, batch), in pixels; None without attention
+    canvases: Tensor, # Logits from c_0 on, shape (glimpses + 1, batch, channels, height, width)
+    windows=None, # Of each write, fields (glimpses, batch), in pixels; None without attention
     size: int | None = None, # Side of the patch, the paper's N, needed with windows
     steps: int = 10, # Columns, spread evenly from the first glimpse to the last
     zoom: int = 2, # Screen pixels to an image pixel, a whole number
     pad: int = 4, # White gap between images, in screen pixels
     color: str = WRITE_COLOR, # Of the windows
 ) -> Image.Image: # RGB picture: a row for each image, time from left to right
-    "Show how images come about: one image a row, time in the columns, the last glimpse always among them."
+    "Show how images come about: one image a row, time in the columns, the last glimpse among them."
     glimpses = len(canvases) - 1
     if steps < 1: raise ValueError(f'steps must be 1 or more, not {steps}')
-    times = torch.linspace(glimpses, 1, min(steps, max(glimpses, 1))).round().long().flip(0).tolist()
+    columns = min(steps, max(glimpses, 1))
+    times = torch.linspace(glimpses, 1, columns).round().long().flip(0).tolist()
     images = _at_times(canvases, windows, size, times, zoom, color)
     return image_grid(images.transpose(0, 1).flatten(0, 1), columns=len(times), pad=pad)
 
-# %% ../nbs/80_plots.ipynb #65f0f5dc
+# %% ../nbs/80_plots.ipynb #90751e96
 def can_write_mp4() -> bool: # Is there an ffmpeg, and does it know H.264?
     "Can `animation` write an MP4 here?"
     from matplotlib.animation import FFMpegWriter
     if not FFMpegWriter.isAvailable(): return False
-    return 'libx264' in subprocess.run([FFMpegWriter.bin_path(), '-hide_banner', '-encoders'], capture_output=True, text=True).stdout
+    command = [FFMpegWriter.bin_path(), '-hide_banner', '-encoders']
+    return 'libx264' in subprocess.run(command, capture_output=True, text=True).stdout
 
+# %% ../nbs/80_plots.ipynb #3ee7e5e7
 def _write_gif(
     frames: list[Image.Image], # RGB pictures of one size
     path: Path, # Where to
@@ -160,8 +187,11 @@ def _write_gif(
     palette.putpalette([*(value for color in exact for value in ImageColor.getrgb(color)[:3]),
                         *mixed.quantize(fitted, Image.Quantize.MAXCOVERAGE).getpalette()])
     first, *others = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
-    save(first, path, save_all=True, append_images=others, duration=[duration] * len(others) + [hold], loop=0, optimize=True)
+    durations = [duration] * len(others) + [hold]
+    save(first, path, save_all=True, append_images=others, duration=durations, loop=0,
+         optimize=True)
 
+# %% ../nbs/80_plots.ipynb #d2ee6588
 def _write_mp4(
     frames: list[Image.Image], # RGB pictures of one size
     path: Path, # Where to
@@ -174,21 +204,24 @@ def _write_mp4(
     width, height = frames[0].size
     width, height = width + width % 2, height + height % 2
     figure = Figure((width, height), dpi=1) # an inch is a pixel
-    writer = FFMpegWriter(fps=1000 / duration, codec='libx264', extra_args=['-f', 'mp4', '-movflags', '+faststart'])
+    for_players = ['-f', 'mp4', '-movflags', '+faststart']
+    writer = FFMpegWriter(fps=1000 / duration, codec='libx264', extra_args=for_players)
     try:
         with replacing(path) as temporary, writer.saving(figure, str(temporary), dpi=1):
             for frame in frames + frames[-1:] * (round(hold / duration) - 1):
                 figure.clear()
-                figure.figimage(ImageOps.expand(frame, (0, 0, width - frame.width, height - frame.height), 'white'))
+                missing = 0, 0, width - frame.width, height - frame.height
+                figure.figimage(ImageOps.expand(frame, missing, 'white'))
                 writer.grab_frame()
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ['it does not say why'])[-1]
         raise OSError(f'ffmpeg could not write {path.name}: {reason}') from None
 
+# %% ../nbs/80_plots.ipynb #80646397
 def animation(
-    canvases: Tensor, # Logits from the initial canvas on, shape (glimpses + 1, batch, channels, height, width)
+    canvases: Tensor, # Logits from c_0 on, shape (glimpses + 1, batch, channels, height, width)
     path: str | os.PathLike, # Where to; the ending .gif or .mp4 says the format
-    windows=None, # Windows of each write, fields of shape (glimpses, batch), in pixels; None without attention
+    windows=None, # Of each write, fields (glimpses, batch), in pixels; None without attention
     size: int | None = None, # Side of the patch, the paper's N, needed with windows
     columns: int | None = None, # Images in a row; as square as possible if None
     every: int = 1, # Show every how many glimpses, counted back from the last
@@ -201,48 +234,61 @@ def animation(
     "Write a film of a grid of images that draw themselves: a GIF in an endless loop, or an MP4."
     path, glimpses = Path(path), len(canvases) - 1
     ending = path.suffix.lower()
-    if ending not in ('.gif', '.mp4'): raise ValueError(f'an animation is a GIF or an MP4: end "{path.name}" in .gif or .mp4')
-    if ending == '.mp4' and not can_write_mp4(): raise ValueError(f'no ffmpeg with libx264 to write "{path.name}": install ffmpeg or end the name in .gif')
+    if ending not in ('.gif', '.mp4'):
+        raise ValueError(f'an animation is a GIF or an MP4: end "{path.name}" in .gif or .mp4')
+    if ending == '.mp4' and not can_write_mp4():
+        raise ValueError(f'no ffmpeg with libx264 to write "{path.name}": '
+                         'install ffmpeg or end the name in .gif')
     if every < 1: raise ValueError(f'every must be 1 or more, not {every}')
     if duration <= 0: raise ValueError(f'duration must be more than 0 milliseconds, not {duration}')
 
-    def frame(time, windows): return image_grid(_at_times(canvases, windows, size, [time], zoom, color)[0], columns, pad=pad)
+    def frame(time, windows):
+        images = _at_times(canvases, windows, size, [time], zoom, color)[0]
+        return image_grid(images, columns, pad=pad)
+
     times = list(range(glimpses, 0, -every))[::-1] or [1]
     plain = [frame(time, None) for time in (times[0], times[len(times) // 2], times[-1])]
     frames = [frame(time, windows) for time in times] + ([] if windows is None else [plain[-1]])
     if ending == '.mp4': _write_mp4(frames, path, duration, hold)
-    else: _write_gif(frames, path, duration, hold, [color, 'white'], 30 if canvases.shape[2] == 1 else 126, plain)
+    else:
+        fitted = 30 if canvases.shape[2] == 1 else 126
+        _write_gif(frames, path, duration, hold, [color, 'white'], fitted, plain)
     return path
 
 # %% ../nbs/80_plots.ipynb #ad832344
 def samples_with_neighbours(
     samples: Tensor, # Generated images in [0, 1], shape (rows * columns, channels, height, width)
-    neighbours: Tensor, # Training image nearest to the last sample of each row, in [0, 1], shape (rows, channels, height, width)
+    neighbours: Tensor, # Nearest to the last of each row, shape (rows, channels, height, width)
     zoom: int = 2, # Screen pixels to an image pixel, a whole number
     pad: int = 2, # White gap between samples, in screen pixels
 ) -> Image.Image: # RGB picture
     "Generated images and, right of a gap, the training image nearest to the last of each row."
-    rows = len(neighbours)
-    if not rows or len(samples) % rows or not len(samples) or samples.shape[1:] != neighbours.shape[1:]:
-        raise ValueError(f'{rows} neighbours of shape {tuple(neighbours.shape[1:])} do not end rows of equal length of '
-                         f'{len(samples)} samples of shape {tuple(samples.shape[1:])}')
-    left, right = image_grid(samples, len(samples) // rows, zoom, pad), image_grid(neighbours, 1, zoom, pad)
-    picture = Image.new('RGB', (left.width + right.width + max(3 * pad, right.width // 3), left.height), 'white')
+    rows, image, other = len(neighbours), samples.shape[1:], neighbours.shape[1:]
+    if not rows or not len(samples) or len(samples) % rows or image != other:
+        raise ValueError(f'{rows} neighbours of shape {tuple(other)} do not end rows of equal '
+                         f'length of {len(samples)} samples of shape {tuple(image)}')
+    left = image_grid(samples, len(samples) // rows, zoom, pad)
+    right = image_grid(neighbours, 1, zoom, pad)
+    gap = max(3 * pad, right.width // 3)
+    picture = Image.new('RGB', (left.width + gap + right.width, left.height), 'white')
     picture.paste(left, (0, 0))
     picture.paste(right, (picture.width - right.width, 0))
     return picture
 
-# %% ../nbs/80_plots.ipynb #0bcc456e
-_INK = {'train': '#7a8794', 'valid': '#0072b2', 'reconstruction': '#d55e00', 'latent': '#009e73'} # Okabe and Ito's colours, and a grey
+# %% ../nbs/80_plots.ipynb #ca7cbb2b
+# Okabe and Ito's colours, and a grey
+_INK = {'train': '#7a8794', 'valid': '#0072b2', 'reconstruction': '#d55e00', 'latent': '#009e73'}
 _AXES = {'step': 'gradient steps', 'epoch': 'epochs', 'images': 'training images seen'}
 
+# %% ../nbs/80_plots.ipynb #1ec8a168
 def _axes(
     count: int, # Panels side by side
     width: float, # Of a panel, in inches
 ):
     "A figure on white with `count` quiet panels."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, count, figsize=(width * count, 3), layout='constrained', facecolor='white', squeeze=False)
+    figure, axes = plt.subplots(1, count, figsize=(width * count, 3), layout='constrained',
+                                facecolor='white', squeeze=False)
     plt.close(figure) # shown when returned, not once more at the end of the cell
     for ax in axes[0]:
         ax.spines[['top', 'right']].set_visible(False)
@@ -250,25 +296,32 @@ def _axes(
         ax.set_axisbelow(True)
     return figure, axes[0]
 
+# %% ../nbs/80_plots.ipynb #ee5d0dea
 def learning_curves(
-    metrics, # Rows with step, epoch, split ('train' or 'valid'), bound, reconstruction, latent (nats per image): list of dicts or DataFrame
+    metrics, # Rows with step, epoch, split, and in nats bound, reconstruction, latent
     against: str = 'step', # Column for the x axis: 'step', 'epoch', or 'images' if the rows have it
 ): # matplotlib Figure
     "Draw the bound of training and validation, and the two terms of the validation bound."
     import pandas as pd
     metrics, needed = pd.DataFrame(metrics), [against, 'split', 'bound', 'reconstruction', 'latent']
     missing = [column for column in needed if column not in metrics]
-    if missing: raise ValueError(f'metrics lack {", ".join(missing)}: each row needs {", ".join(needed)}')
-    rows = {split: metrics[metrics.split == split].dropna(subset='bound').sort_values(against) for split in ('train', 'valid')}
-    if not sum(map(len, rows.values())): raise ValueError("metrics hold no row whose split is 'train' or 'valid'")
+    if missing:
+        raise ValueError(f'metrics lack {", ".join(missing)}: each row needs {", ".join(needed)}')
+    known = metrics.dropna(subset='bound').sort_values(against)
+    rows = {split: known[known.split == split] for split in ('train', 'valid')}
+    if not sum(map(len, rows.values())):
+        raise ValueError("metrics hold no row whose split is 'train' or 'valid'")
     terms = 'valid' if len(rows['valid']) else 'train'
 
     figure, (left, right) = _axes(2, 4.4)
-    styles = dict(train=dict(linewidth=1, label='training'), valid=dict(linewidth=1.8, marker='o', markersize=3.5, label='validation'))
+    dotted = dict(linewidth=1.8, marker='o', markersize=3.5)
+    styles = dict(train=dict(linewidth=1, label='training'), valid=dict(dotted, label='validation'))
     for split, style in styles.items():
-        if len(rows[split]): left.plot(rows[split][against], rows[split]['bound'], color=_INK[split], **style)
+        if not len(rows[split]): continue
+        left.plot(rows[split][against], rows[split]['bound'], color=_INK[split], **style)
     for term, line in (('reconstruction', '-'), ('latent', '--')):
-        right.plot(rows[terms][against], rows[terms][term], line, color=_INK[term], linewidth=1.8, marker='o', markersize=3.5, label=term)
+        right.plot(rows[terms][against], rows[terms][term], line, color=_INK[term], label=term,
+                   **dotted)
     settled = pd.concat([r[r[against] >= metrics[against].max() / 10] for r in rows.values()])
     low, high = settled['bound'].min(), settled['bound'].max()
     margin = 0.05 * (high - low) or 1
@@ -281,15 +334,18 @@ def learning_curves(
         ax.legend(frameon=False)
     return figure
 
+# %% ../nbs/80_plots.ipynb #9ae7af84
 def kl_per_step(
-    per_step: Tensor, # Kullback-Leibler divergence of each glimpse, shape (glimpses, batch) or (glimpses,), in nats
+    per_step: Tensor, # Divergence of each glimpse in nats, shape (glimpses, batch) or (glimpses,)
 ): # matplotlib Figure
     "Draw the mean divergence of each glimpse from the prior."
     if per_step.ndim not in (1, 2) or not per_step.numel():
-        raise ValueError(f'per_step must have shape (glimpses, batch) or (glimpses,), not {tuple(per_step.shape)}')
+        raise ValueError('per_step must have shape (glimpses, batch) or (glimpses,), '
+                         f'not {tuple(per_step.shape)}')
     mean = per_step.detach().float().cpu().reshape(len(per_step), -1).mean(1)
     figure, (ax,) = _axes(1, 5.5)
     ax.bar(range(1, len(mean) + 1), mean, color=_INK['valid'])
-    ax.set(title=f'Latent term by glimpse, {mean.sum():.1f} nats in all', xlabel='glimpse', ylabel='nats per image', xlim=(0.3, len(mean) + 0.7))
+    ax.set(title=f'Latent term by glimpse, {mean.sum():.1f} nats in all', xlabel='glimpse',
+           ylabel='nats per image', xlim=(0.3, len(mean) + 0.7))
     ax.xaxis.get_major_locator().set_params(integer=True)
     return figure

@@ -362,7 +362,8 @@ def evaluate_command(
     from draw_nbdev.training import check_folder
     if out: check_folder(out, 'evaluation.json')
     kind = network_class(model)
-    if kind is not DRAW and (samples is not None or seeds != 1):
+    draws = issubclass(kind, DRAW)
+    if not draws and (samples is not None or seeds != 1):
         raise ValueError(f'{model} is a classifier, in which nothing is random: leave --samples and --seeds out')
     for name, value in (('seeds', seeds), ('samples', samples), ('glimpses', glimpses), ('limit', limit)):
         if value is not None and value < 1: raise ValueError(f'--{name} must be at least 1, got {value}')
@@ -370,13 +371,14 @@ def evaluate_command(
     check_memory('so many steps', 1000 * (glimpses or 1) * network.config.hidden_size)
     check_memory('so many seeds or samples', 10_000 * seeds * (glimpses or network.config.glimpses) + 2000 * (samples or 1))
     history = history and history / 'training.json'
-    usual = 'mnist' if kind is DRAW else 'cluttered_mnist'
+    usual = 'mnist' if draws else 'cluttered_mnist'
     trained_on = data_of(history) if history and history.is_file() else usual
     default = trained_on if trained_on in MAKERS or zip_in_data_folder(trained_on) else None
     found = find_data(data, images, size, split, default)
-    result = evaluate(network, found, glimpses, seeds, samples, limit) if kind is DRAW else classification_error(network, found, glimpses, limit)
+    if draws: result = evaluate(network, found, glimpses, seeds, samples, limit)
+    else: result = classification_error(network, found, glimpses, limit)
     say_data(result)
-    if kind is DRAW: say_bound(result)
+    if draws: say_bound(result)
     else: say_error(result)
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -401,7 +403,7 @@ def generate_command(
         if value < 1: raise ValueError(f'--{name} must be at least 1, got {value}')
     if not 0 <= seed < 2**63: raise ValueError(f'--seed must be between 0 and 2^63 - 1, got {seed}')
     check_folder(out, 'generate.json')
-    if network_class(model) is not DRAW:
+    if not issubclass(network_class(model), DRAW):
         raise ValueError(f'{model} is a classifier, which reads and does not draw: give a DRAW network, or use draw evaluate')
     network = DRAW.from_pretrained(model)
     pixels = network.config.channels * network.config.height * network.config.width

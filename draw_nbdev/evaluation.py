@@ -56,7 +56,7 @@ def evaluate(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
         images = data.batch(torch.arange(start, min(start + rows, count)), generator)
         noise = torch.randn(T, len(images), model.config.latent_size, generator=generator)
-        parts = bound(model(images.to(device), noise.to(device)), images.to(device))
+        parts = bound(model(images.to(device), noise.to(device)), images.to(device), model.likelihood)
         results[seed].append((parts.total, parts.reconstruction, parts.latent, parts.per_step))
     total, reconstruction, latent, per_step = (torch.stack([torch.cat(v, dim=-1) for v in part]).cpu().double()
                                                for part in zip(*(zip(*results[seed]) for seed in range(seeds))))

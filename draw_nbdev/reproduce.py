@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from . import __version__, diagrams, plots
 from .classifier import (CLASSIFIERS, TABLE_1, Classification, ConvolutionalConfig, RAMConfig, classification_error, glimpse_grid,
-                                   load_classifier, train_classifier)
+                                   network_for, train_classifier)
 from .data import Images
 from .data_sets import find
 from .digits import FreshDigits
@@ -96,7 +96,8 @@ def obtain(
 ) -> Model:
     "Packaged weights at smoke scale, where there are some; else a model trained here, going on where an earlier call was interrupted"
     config, options = experiment.smoke if scale == 'smoke' else experiment.full
-    learn, open_model = (train, DRAW.from_pretrained) if isinstance(config, DRAWConfig) else (train_classifier, load_classifier)
+    network = network_for(config)
+    learn = train if issubclass(network, DRAW) else train_classifier
     folder, origin = packaged(experiment), 'packaged weights'
     if scale != 'smoke' or folder is None:
         train_set, passes = data('train'), 1
@@ -104,7 +105,7 @@ def obtain(
         learn(config, train_set, data('valid'), out, replace(options, seed=seed, epochs=options.epochs * passes))
         folder, origin = out / 'best', f'trained here at {scale} scale'
     history = json.loads((folder / 'training.json').read_text(encoding='utf-8'))
-    return Model(open_model(folder), {**history, 'origin': origin}, read_metrics(out if folder.name == 'best' else folder))
+    return Model(network.from_pretrained(folder), {**history, 'origin': origin}, read_metrics(out if folder.name == 'best' else folder))
 
 # %% ../nbs/90_reproduce.ipynb #0cf9ee7c
 Outcome = Evaluation | Classification

@@ -31,7 +31,7 @@ from . import __version__
 from .data import Images
 from .evaluation import evaluate
 from .loss import bound
-from .model import DRAW, DRAWConfig, explained
+from .model import DRAW, DRAWConfig, LSTMCell, explained
 from .muon import make_optimizers
 from .options import TrainOptions, glimpses_at, kl_weight, learning_rate
 from .scan import multiplies_bfloat16
@@ -227,7 +227,8 @@ class Task:
         options: TrainOptions, # Of the run
     ) -> list[torch.optim.Optimizer]:
         "What changes the weights: Adam alone, or Muon for the matrices and Adam for the rest"
-        stacks = [(model.encoder.gates.weight, 4), (model.decoder.gates.weight, 4), (model.posterior.weight, 2)]
+        cells = [cell for cell in (model.encoder, model.decoder) if isinstance(cell, LSTMCell)]
+        stacks = [*((cell.gates.weight, 4) for cell in cells), (model.posterior.weight, 2)]
         return make_optimizers(model, stacks, options.optimizer, options.learning_rate)
 
     def batch(self,
@@ -258,7 +259,7 @@ class Task:
     ) -> tuple[Tensor, dict[str, Tensor]]: # A scalar in nats per image; values to log, each of shape (batch,), the first of them finite as long as all is well
         "What to minimise, and what to show"
         images, noise = batch
-        parts = bound(model(images, noise), images)
+        parts = bound(model(images, noise), images, getattr(model, 'module', model).likelihood)
         return (parts.reconstruction + kl_weight * parts.latent).mean(), dict(bound=parts.total, reconstruction=parts.reconstruction, latent=parts.latent)
 
     def validate(self,

@@ -401,14 +401,14 @@ class Mistake:
 
 WINDOW_FORM = '[:, None, None, None]'
 EXPONENT = 'distance**2 / (-2 * variance[:, None, None])'
-FRESH = 'torch.randn(glimpses or c.glimpses, *expected, dtype=self.initial_canvas.dtype, device=images.device)'
+FRESH = 'torch.randn(shape, dtype=dtype, device=images.device)'
 NOISE = 'torch.randn(glimpses, len(indices), config.latent_size, generator=random)'
 
 MISTAKES = [
     # 1. One noise draw shared by all steps, or by the batch
-    Mistake(1, 'one noise for all steps', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:1].expand(glimpses or c.glimpses, -1, -1)'),
-    Mistake(1, 'one noise for the batch', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:, :1].expand(-1, len(images), -1)'),
-    Mistake(1, 'one noise for all dimensions', check_noise_of_the_network, DRAW.noise_like, FRESH, f'{FRESH}[:, :, :1].expand(-1, -1, c.latent_size)'),
+    Mistake(1, 'one noise for all steps', check_noise_of_the_network, DRAW.check_or_draw_noise, FRESH, f'{FRESH}[:1].expand(glimpses or c.glimpses, -1, -1)'),
+    Mistake(1, 'one noise for the batch', check_noise_of_the_network, DRAW.check_or_draw_noise, FRESH, f'{FRESH}[:, :1].expand(-1, len(images), -1)'),
+    Mistake(1, 'one noise for all dimensions', check_noise_of_the_network, DRAW.check_or_draw_noise, FRESH, f'{FRESH}[:, :, :1].expand(-1, -1, c.latent_size)'),
     Mistake(1, 'one noise for all steps, in training', check_noise_of_training, Task.batch, NOISE, f'{NOISE}[:1].expand(glimpses, -1, -1)'),
     Mistake(1, 'one noise for the batch, in training', check_noise_of_training, Task.batch, NOISE, f'{NOISE}[:, :1].expand(-1, len(indices), -1)'),
     Mistake(1, 'one noise for all updates', check_noise_of_training, train, 'generator_for(o.seed, 1, step)', 'generator_for(o.seed, 1, 0)'),
@@ -451,7 +451,7 @@ MISTAKES = [
     # 9. h_dec missing from the encoder input
     Mistake(9, 'no h_dec in the encoder', check_network, DRAW.steps, '[reading, decoder[0]]', '[reading, torch.zeros_like(decoder[0])]'),
     # 10. Error image without the sigmoid
-    Mistake(10, 'error image without sigmoid', check_network, DRAW.steps, 'images - canvas.sigmoid()', 'images - canvas'),
+    Mistake(10, 'error image without sigmoid', check_network, DRAW.steps, 'images - self.likelihood(canvas).mean', 'images - canvas'),
     Mistake(10, 'error image without sigmoid, in the fused scan', check_network, read, 'torch.sigmoid(w.canvas, out=v.sigma)', 'v.sigma.copy_(w.canvas)'),
     # 11. gamma multiplied in write, or ignored
     Mistake(11, 'gamma multiplied in write', check_read_and_write, AttentiveWrite.forward, f'/ window.intensity{WINDOW_FORM}', f'* window.intensity{WINDOW_FORM}'),
@@ -465,10 +465,10 @@ MISTAKES = [
     Mistake(12, 'patches transposed in read', check_patches, read_patch, 'return filter_y[:, None] @ images @ filter_x[:, None].mT', 'return (filter_y[:, None] @ images @ filter_x[:, None].mT).mT'),
     Mistake(12, 'patches transposed in write', check_patches, write_patch, '@ patch @', '@ patch.mT @'),
     # 13. Sampling that reuses one z; reconstructions shown as samples
-    Mistake(13, 'one z for all steps', check_generation_draws_afresh, DRAW.generate, 'for latent in latents:', 'for latent in latents[:1].expand_as(latents):'),
-    Mistake(13, 'one z for all samples', check_generation_draws_afresh, DRAW.generate, 'for latent in latents:', 'for latent in latents[:, :1].expand_as(latents):'),
+    Mistake(13, 'one z for all steps', check_generation_draws_afresh, DRAW.decode, 'for latent in latents:', 'for latent in latents[:1].expand_as(latents):'),
+    Mistake(13, 'one z for all samples', check_generation_draws_afresh, DRAW.decode, 'for latent in latents:', 'for latent in latents[:, :1].expand_as(latents):'),
     Mistake(13, 'reconstructions shown as samples', check_generation_needs_no_images, DRAW.generate,
-            'canvas, _, decoder = self.initial_states(count)', 'return self.reconstruct(torch.ones_like(self.initial_states(count)[0]))'),
+            'return self.decode(torch.randn(shape, generator=generator, device=device))', 'return self.reconstruct(torch.ones_like(self.initial_states(count)[0]))'),
     # 14. Zero instead of learned initial states; LSTM without tanh on the cell
     Mistake(14, 'canvas starts at zero', check_initial_states, DRAW.initial_states, 'self.initial_canvas.expand', '(0 * self.initial_canvas).expand'),
     Mistake(14, 'encoder starts at zero', check_initial_states, DRAW.initial_states, '(self.initial_encoder,', '(0 * self.initial_encoder,'),
@@ -488,7 +488,7 @@ MISTAKES = [
     Mistake(16, 'a layer after the canvas', check_network, DRAW.forward, 'DRAWOutput(steps[-1].canvas,', 'DRAWOutput(self.last(steps[-1].canvas),',
             also=(DRAW.__init__, 'self.posterior =', 'self.last = nn.Linear(c.width, c.width); self.posterior =')),
     Mistake(16, 'weights of a layer after the canvas', check_picture_is_the_canvas, DRAW.__init__, 'self.posterior =', 'self.last = nn.Linear(c.width, c.width); self.posterior ='),
-    Mistake(16, 'a bounded canvas in generation', check_picture_is_the_canvas, DRAW.generate, 'canvases.append(canvases[-1] + update)', 'canvases.append((canvases[-1] + update).tanh())'),
+    Mistake(16, 'a bounded canvas in generation', check_picture_is_the_canvas, DRAW.decode, 'canvases.append(canvases[-1] + update)', 'canvases.append((canvases[-1] + update).tanh())'),
 ]
 
 def put_in(patch, function, old, new):

@@ -39,7 +39,7 @@ def test_commands_of_results(name, record):
     result = json.loads((ROOT / f'results/{name}.json').read_text())
     c = result['config']
     config, options, *_ = parsed(result['command'], (c['channels'], c['height'], c['width']))
-    assert asdict(config) == result['config']
+    assert config == type(config)(**result['config'])
     recorded, chosen = TrainOptions(**result['options']), result.get('segments')
     same = dict(precision=options.precision, save_every=options.save_every, log_every=options.log_every) # the last two change nothing that is learned
     assert options == replace(recorded, **same)

@@ -1,6 +1,6 @@
 """Parts of DRAW can be exchanged, and the fused scan serves only what it knows
 
-`definition` is the loop over `DRAW.steps`. Networks are in float64, so that what is the same is the same to rounding.
+`definition` is the loop over `DRAW.steps`. Networks are in float64: equal means equal to rounding.
 """
 import json
 from dataclasses import asdict, replace
@@ -156,6 +156,7 @@ def test_known_parts_handed_over(config, fused_calls):
     make(replace(config, **names))
     make(read=read, write=write, cell=lstm, likelihood=Bernoulli)
     make(read=read(config), write=write(config), likelihood=Bernoulli())
+    networks[-1].load_state_dict(networks[0].state_dict())
     x, noise = inputs()
     first, *others = (model(x, noise) for model in networks)
     assert len(fused_calls) == 4

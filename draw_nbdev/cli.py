@@ -422,7 +422,8 @@ def evaluate_command(
     from draw_nbdev.model import DRAW, find_weights
     if out: check_folder(out, 'evaluation.json')
     kind = network_class(model)
-    if kind is not DRAW and (samples is not None or seeds != 1):
+    draws = issubclass(kind, DRAW)
+    if not draws and (samples is not None or seeds != 1):
         raise ValueError(f'{model} is a classifier, in which nothing is random: '
                          'leave --samples and --seeds out')
     check_least(seeds=seeds, samples=samples, glimpses=glimpses, limit=limit)
@@ -430,16 +431,16 @@ def evaluate_command(
     steps = glimpses or network.config.glimpses
     check_memory('so many steps', 1000 * (glimpses or 1) * network.config.hidden_size)
     check_memory('so many seeds or samples', 10_000 * seeds * steps + 2000 * (samples or 1))
-    trained_on = 'mnist' if kind is DRAW else 'cluttered_mnist'
+    trained_on = 'mnist' if draws else 'cluttered_mnist'
     history = folder and folder / 'training.json'
     if history and history.is_file(): trained_on = data_of(history)
     known = trained_on in DATA_SETS or find_file(f'{trained_on}.zip')
     default = trained_on if known else None
     found = find_data(data, images, size, split, default)
-    if kind is DRAW: result = evaluate(network, found, glimpses, seeds, samples, limit)
+    if draws: result = evaluate(network, found, glimpses, seeds, samples, limit)
     else: result = classification_error(network, found, glimpses, limit)
     say_data(result)
-    (say_bound if kind is DRAW else say_error)(result)
+    (say_bound if draws else say_error)(result)
     if out: write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
 
 # %% ../nbs/85_cli.ipynb #406f2a2f
@@ -461,7 +462,7 @@ def generate_command(
     check_least(count=count, glimpses=glimpses)
     if not 0 <= seed < 2**63: raise ValueError(f'--seed must be between 0 and 2^63 - 1, got {seed}')
     check_folder(out, 'generate.json')
-    if network_class(model) is not DRAW:
+    if not issubclass(network_class(model), DRAW):
         raise ValueError(f'{model} is a classifier, which reads and does not draw: '
                          'give a DRAW network, or use draw evaluate')
     network = DRAW.from_pretrained(model)

@@ -48,7 +48,8 @@ def _bound_of_part(
     generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
     images = data.batch(torch.arange(start, stop), generator)
     noise = torch.randn(glimpses, len(images), model.config.latent_size, generator=generator)
-    return bound(model(images.to(device), noise.to(device)), images.to(device))
+    output = model(images.to(device), noise.to(device))
+    return bound(output, images.to(device), model.likelihood)
 
 # %% ../nbs/70_evaluation.ipynb #155b1575
 def _weighted_bounds(

@@ -9,7 +9,7 @@ __all__ = ['reconstruction_loss', 'kl_divergence', 'Bound', 'bound', 'log_weight
 from math import log
 from typing import NamedTuple
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from .model import DRAW, DRAWOutput
 
@@ -17,8 +17,11 @@ from .model import DRAW, DRAWOutput
 def reconstruction_loss(
     canvas: Tensor, # c_T in logits, shape (batch, channels, height, width)
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
+    likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
 ) -> Tensor: # L^x in nats per image, shape (batch,)
     "Eq. 9: Bernoulli cross-entropy, summed over channels and pixels"
+    if likelihood is not None: # one of Bernoulli gives the same
+        return -likelihood(canvas).log_prob(images.to(canvas)).flatten(1).sum(1)
     canvas = canvas.to(torch.promote_types(canvas.dtype, torch.float32))
     losses = binary_cross_entropy_with_logits(canvas, images.to(canvas), reduction='none')
     return losses.flatten(1).sum(1)
@@ -45,9 +48,10 @@ class Bound(NamedTuple):
 def bound(
     output: DRAWOutput, # What the network returned for these images
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
+    likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
 ) -> Bound: # One sample of it for each image
     "Eq. 12: what training minimises, and what Table 2 reports"
-    reconstruction = reconstruction_loss(output.canvas, images)
+    reconstruction = reconstruction_loss(output.canvas, images, likelihood)
     per_step = kl_divergence(output.means, output.log_deviations)
     return Bound(reconstruction + per_step.sum(0), reconstruction, per_step.sum(0), per_step)
 
@@ -55,11 +59,12 @@ def bound(
 def log_weights(
     output: DRAWOutput, # What the network returned for these images
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
+    likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
 ) -> Tensor: # log p(x, z) - log q(z | x) in nats, shape (batch,)
     "Log importance weight of the latents that were drawn; its mean is minus the bound"
     z, means, log_deviations = output.latents, output.means, output.log_deviations
     log_ratio = log_deviations + ((z - means) / log_deviations.exp())**2 / 2 - z**2 / 2
-    return log_ratio.sum((0, 2)) - reconstruction_loss(output.canvas, images)
+    return log_ratio.sum((0, 2)) - reconstruction_loss(output.canvas, images, likelihood)
 
 # %% ../nbs/40_loss.ipynb #426980ea
 @torch.no_grad()
@@ -79,5 +84,6 @@ def importance_weighted_bound(
     for chosen in index.split(rows):
         shape = glimpses or c.glimpses, len(chosen), c.latent_size
         noise = torch.randn(shape, generator=generator, device=device).to(images)
-        parts.append(log_weights(model(images[chosen], noise), images[chosen]))
+        output = model(images[chosen], noise)
+        parts.append(log_weights(output, images[chosen], model.likelihood))
     return log(samples) - torch.cat(parts).view(samples, -1).logsumexp(0)

@@ -19,7 +19,7 @@ from . import __version__, diagrams, plots
 from .checkpoints import check_folder, read_metrics
 from .classifier import (CLASSIFIERS, TABLE_1, Classification, ConvolutionalConfig,
                                    RAMConfig, classification_error, glimpse_grid,
-                                   load_classifier, train_classifier)
+                                   network_for, train_classifier)
 from .data import Images
 from .data_sets import DATA_SETS, find
 from .digits import FreshDigits
@@ -150,18 +150,17 @@ def obtain(
 ) -> Model:
     "Packaged weights at smoke scale, where there are some; else a model trained here"
     config, options = experiment.smoke if scale == 'smoke' else experiment.full
-    draws = isinstance(config, DRAWConfig)
-    open_weights = DRAW.from_pretrained if draws else load_classifier
-    folder = packaged(experiment)
+    network, folder = network_for(config), packaged(experiment)
     if scale == 'smoke' and folder:
         history = {**read_history(folder), 'origin': 'packaged weights'}
-        return Model(open_weights(folder), history, read_metrics(folder))
+        return Model(network.from_pretrained(folder), history, read_metrics(folder))
     train_set, passes = data('train'), 1
     if scale == 'smoke': passes = max(1, round(50_000 / len(train_set)))
     options = replace(options, seed=seed, epochs=options.epochs * passes)
-    (train if draws else train_classifier)(config, train_set, data('valid'), out, options)
+    learn = train if issubclass(network, DRAW) else train_classifier
+    learn(config, train_set, data('valid'), out, options)
     history = {**read_history(out / 'best'), 'origin': f'trained here at {scale} scale'}
-    return Model(open_weights(out / 'best'), history, read_metrics(out))
+    return Model(network.from_pretrained(out / 'best'), history, read_metrics(out))
 
 # %% ../nbs/90_reproduce.ipynb #31c24538
 Outcome = Evaluation | Classification

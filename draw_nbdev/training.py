@@ -28,7 +28,7 @@ from .data import Images
 from .evaluation import evaluate
 from .files import remove_partial, write_json
 from .loss import bound
-from .model import DRAW, DRAWConfig
+from .model import DRAW, DRAWConfig, LSTMCell
 from .muon import make_optimizers
 from .options import TrainOptions, glimpses_at, kl_weight, learning_rate
 from .scan import multiplies_bfloat16
@@ -82,8 +82,8 @@ class Task:
         options: TrainOptions, # Of the run
     ) -> list[torch.optim.Optimizer]:
         "What changes the weights: Adam alone, or Muon for the matrices and Adam for the rest"
-        encoder, decoder = model.encoder.gates, model.decoder.gates
-        stacks = [(encoder.weight, 4), (decoder.weight, 4), (model.posterior.weight, 2)]
+        cells = [cell for cell in (model.encoder, model.decoder) if isinstance(cell, LSTMCell)]
+        stacks = [*((cell.gates.weight, 4) for cell in cells), (model.posterior.weight, 2)]
         return make_optimizers(model, stacks, options.optimizer, options.learning_rate)
 
     def batch(self,
@@ -114,7 +114,8 @@ class Task:
     ) -> tuple[Tensor, dict[str, Tensor]]: # A scalar, nats per image; what to log, each (batch,)
         "What to minimise, and what to show, whose first is finite as long as all is well"
         images, noise = batch
-        parts = bound(model(images, noise), images)
+        likelihood = getattr(model, 'module', model).likelihood
+        parts = bound(model(images, noise), images, likelihood)
         shown = dict(bound=parts.total, reconstruction=parts.reconstruction, latent=parts.latent)
         return (parts.reconstruction + kl_weight * parts.latent).mean(), shown
 

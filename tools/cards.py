@@ -6,6 +6,7 @@ Everything on a card is read from the folder's training.json and from results/NA
 import json
 from pathlib import Path
 from huggingface_hub import ModelCardData
+from draw_nbdev.classifier import network_class
 from draw_nbdev.files import write_text
 from draw_nbdev.model import PRETRAINED
 
@@ -21,7 +22,7 @@ def card(
     result = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
     kind = 'error' if 'valid_error' in history else 'bound'
     measure, factor, unit = KINDS[kind]
-    network = 'DRAW' if 'latent_size' in history['config'] else 'Convolutional' if 'filters' in history['config'] else 'DifferentiableRAM'
+    network = network_class(name).__name__
     front = ModelCardData(license='mit', library_name='draw_nbdev', tags=['draw', 'attention', 'pytorch'], datasets=['mnist'] if 'mnist' in history['data']['name'] else None,
                           pipeline_tag='unconditional-image-generation' if network == 'DRAW' else 'image-classification')
     home = 'model' if network == 'DRAW' else 'classifier'
@@ -29,7 +30,7 @@ def card(
     if f'test_{kind}' in result: rows.append(f'| test | {factor * result[f"test_{kind}"]:.2f} ± {factor * result[f"test_{kind}_se"]:.2f}{unit} |')
     again = f'; the same again with `{result["command"]}`' if result else ''
     if len(history.get('segments', [])) > 1: again += ', though these weights were not made in one go (training.json has the segments)'
-    sizes = ', '.join(f'{key} {value}' for key, value in history['config'].items())
+    sizes = ', '.join(f'{key} {value}' for key, value in history['config'].items() if value is not None)
     return f"""---
 {front.to_yaml()}
 ---

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'PARTS', 'DRAWConfig', 'preset', 'LSTMCell', 'Bernoulli', 
            'DRAW']
 
 # %% ../nbs/30_model.ipynb #c368ccd6
-import io, json
+import contextlib, io, json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files

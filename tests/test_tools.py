@@ -454,11 +454,11 @@ def test_pages_without_quarto(tool, tmp_path):
     pytest.importorskip('smalldocs')
     build, proc = tool('build_docs'), tmp_path / 'proc'
     proc.mkdir()
-    notebook(proc / '10_filterbank.ipynb', ('raw', '---\noutput-file: filterbank.html\n---', []))
-    notebook(proc / 'index.ipynb', ('markdown', '[a](10_filterbank.ipynb#b) '
+    notebook(proc / '16_filterbank.ipynb', ('raw', '---\noutput-file: filterbank.html\n---', []))
+    notebook(proc / 'index.ipynb', ('markdown', '[a](16_filterbank.ipynb#b) '
                                     '[c](https://me.org/draw/attention.html)', []))
-    (proc / 'sidebar.yml').write_text('- 10_filterbank.ipynb\n')
-    assert build.page_names(proc) == {'10_filterbank.ipynb': 'filterbank.ipynb'}
+    (proc / 'sidebar.yml').write_text('- 16_filterbank.ipynb\n')
+    assert build.page_names(proc) == {'16_filterbank.ipynb': 'filterbank.ipynb'}
     build.rename_pages(proc, 'https://me.org/draw/')
     names = {file.name for file in proc.iterdir()}
     assert names == {'filterbank.ipynb', 'index.ipynb', 'sidebar.yml'}

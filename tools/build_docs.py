@@ -21,7 +21,7 @@ EXPECTED = 'output-file is not read', 'format commonmark', 'format.html.grid', '
 
 def page_names(
     proc: Path, # Folder of processed notebooks
-) -> dict: # Notebook's file name -> the name its page takes, as in {'10_filterbank.ipynb': 'filterbank.ipynb'}
+) -> dict: # Notebook's file name -> the name its page takes, as in {'16_filterbank.ipynb': 'filterbank.ipynb'}
     "The names that nbdev wrote into each notebook as `output-file`, which Quarto honours and smalldocs does not"
     names = {}
     for notebook in sorted(proc.rglob('*.ipynb')):

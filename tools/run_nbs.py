@@ -2,7 +2,7 @@
 
     python tools/run_nbs.py [NAME...] [--flags FLAG...]
 
-NAME is a file under nbs/, as in `10_filterbank` or `nbs/10_filterbank.ipynb`; none means all of them. Saved outputs always come from here,
+NAME is a file under nbs/, as in `16_filterbank` or `nbs/16_filterbank.ipynb`; none means all of them. Saved outputs always come from here,
 never from Jupyter, which draws figures at another resolution: a seeded notebook run twice is then the same file, byte for byte.
 Cells with a flag of `tst_flags` (settings.ini) are skipped and keep the outputs they have, as `nbdev_test` skips them, unless --flags names it."""
 import argparse, os

@@ -361,7 +361,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
     def steps(self,
         images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
         noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
-    ): # Yields a `Step` for every t
+    ): # Yields a Step for every t
         "The definition: one step of the recurrence after the other"
         images, noise = images.to(self.initial_canvas), noise.to(self.initial_canvas)
         canvas, encoder, decoder = self.initial_states(len(images))

@@ -48,7 +48,7 @@ class LSTMCell(nn.Module):
 class Bernoulli(nn.Module):
     "Pixels that are on or off, each by itself; the canvas holds their logits"
     def __init__(self,
-        config: 'DRAWConfig | None' = None, # Not used: nothing here has a size
+        config: object = None, # The network's; not used: nothing here has a size
     ):
         super().__init__()
 

@@ -5,9 +5,10 @@
 
 Needs Chromium (or Chrome) and playwright, which needs no driver beside it; says so in one line and
 ends well where either is missing. Each page is loaded once and looked at with 1400 and with 400
-pixels, in light and in dark. A problem is: a page wider than the screen, a figure, table or formula wider than the column,
-an image that does not load, and an error in the console. On the narrow screen a table or a formula
-may be wider than the column if it scrolls in a box of its own. --shots keeps pictures."""
+pixels, in light and in dark. A problem is: a page wider than the screen, a figure, table or formula
+wider than the column, an image that does not load, and an error in the console. On the narrow
+screen a table or a formula may be wider than the column if it scrolls in a box of its own. --shots
+keeps pictures."""
 import argparse, itertools, shutil, sys
 from pathlib import Path
 

@@ -20,10 +20,19 @@ from .data import mnist
 from .model import PRETRAINED
 
 # %% ../nbs/41_demo.ipynb #b1a029f2
-TITLES = {'mnist': 'MNIST', 'mnist_no_attention': 'MNIST without attention', 'two_digits': 'Two digits', 'svhn_sample': 'House numbers',
-          'cifar10_jpeg': 'CIFAR-10', 'cluttered_8': 'Eight glimpses', 'cluttered_4': 'Four glimpses'}
-BINARY = 'mnist_fixed', 'mnist_once', 'mnist_redrawn' # Data sets of zeros and ones: a network that learned from them is given such images
+TITLES = {
+    'mnist': 'MNIST',
+    'mnist_no_attention': 'MNIST without attention',
+    'two_digits': 'Two digits',
+    'svhn_sample': 'House numbers',
+    'cifar10_jpeg': 'CIFAR-10',
+    'cluttered_8': 'Eight glimpses',
+    'cluttered_4': 'Four glimpses',
+}
+# Data sets of zeros and ones: a network that learned from them is given such images
+BINARY = 'mnist_fixed', 'mnist_once', 'mnist_redrawn'
 
+# %% ../nbs/41_demo.ipynb #539bfed5
 def entry(
     folder: Path, # With config.json and model.safetensors
     name: str, # Of the folder that the page loads
@@ -31,21 +40,32 @@ def entry(
 ) -> dict: # A row of models.json
     "What the page has to know of a network before it loads the weights"
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    history = folder / 'training.json'
-    data = json.loads(history.read_text(encoding='utf-8')).get('data', {}).get('name') if history.is_file() else None
-    return {'name': name, 'title': title, 'kind': 'classifier' if 'classes' in config else 'draw', 'channels': config['channels'],
-            'binary': data in BINARY, 'bytes': (folder / 'model.safetensors').stat().st_size}
+    history, data = folder / 'training.json', None
+    if history.is_file():
+        data = json.loads(history.read_text(encoding='utf-8')).get('data', {}).get('name')
+    return {
+        'name': name,
+        'title': title,
+        'kind': 'classifier' if 'classes' in config else 'draw',
+        'channels': config['channels'],
+        'binary': data in BINARY,
+        'bytes': (folder / 'model.safetensors').stat().st_size,
+    }
 
 # %% ../nbs/41_demo.ipynb #7f342867
 OWN = 'own' # Folder of a network that is not packaged
 
+# %% ../nbs/41_demo.ipynb #a443170d
 def copy_own(
-    model: str | Path, # The folder of a run or of weights, or hf://owner/name on the Hugging Face Hub
+    model: str | Path, # Folder of a run or of weights, or hf://owner/name on the Hugging Face Hub
     weights: Path, # Folder that gets its weights
 ) -> dict: # A row of models.json
-    "Save a network beside the packaged ones; raises `ValueError` for damaged weights and for a network without glimpses"
+    """Save a network beside the packaged ones
+
+    Raises `ValueError` for damaged weights and for a network without glimpses."""
     kind = network_class(model)
-    if kind is Convolutional: raise ValueError(f'{model} sees an image as a whole: there are no glimpses to show')
+    if kind is Convolutional:
+        raise ValueError(f'{model} sees an image as a whole: there are no glimpses to show')
     kind.from_pretrained(model).save_pretrained(weights / OWN)
     history = Path(model) / 'training.json', Path(model) / 'best' / 'training.json'
     for file in history:
@@ -71,9 +91,10 @@ def photograph(
 # %% ../nbs/41_demo.ipynb #6eb33873
 ASSETS = Path(str(files('draw_nbdev') / 'assets' / 'live')) # The page and its modules
 
+# %% ../nbs/41_demo.ipynb #0ba7354f
 def live_files(
     out: Path, # Folder to write to
-    model: str | Path | None = None, # A network that comes first in the list: a packaged name, a folder or hf://owner/name
+    model: str | Path | None = None, # Comes first in the list: packaged name, folder or hf://owner/name
 ) -> Path: # The same folder
     "Write the page of the demonstration and all that it loads"
     weights = out / 'weights'
@@ -81,7 +102,8 @@ def live_files(
     rows = []
     for name, title in TITLES.items():
         (weights / name).mkdir(parents=True, exist_ok=True)
-        for file in ('config.json', 'model.safetensors'): shutil.copy(PRETRAINED / name / file, weights / name)
+        for file in ('config.json', 'model.safetensors'):
+            shutil.copy(PRETRAINED / name / file, weights / name)
         rows.append(entry(PRETRAINED / name, name, title))
     if model in TITLES: rows.sort(key=lambda row: row['name'] != model)
     elif model is not None: rows.insert(0, copy_own(model, weights))
@@ -92,8 +114,9 @@ def live_files(
 
 # %% ../nbs/41_demo.ipynb #1166f814
 class Handler(SimpleHTTPRequestHandler):
-    "Files with the types that browsers insist on, read anew every time, and not a word on the terminal"
-    extensions_map = SimpleHTTPRequestHandler.extensions_map | {'.js': 'text/javascript', '.json': 'application/json', '.css': 'text/css'}
+    "Files with the types browsers insist on, read anew every time, not a word on the terminal"
+    extensions_map = SimpleHTTPRequestHandler.extensions_map | {
+        '.js': 'text/javascript', '.json': 'application/json', '.css': 'text/css'}
 
     def end_headers(self):
         "Files may be others the next time"
@@ -103,6 +126,7 @@ class Handler(SimpleHTTPRequestHandler):
     def log_message(self, *args):
         "Nothing"
 
+# %% ../nbs/41_demo.ipynb #9e74b605
 def make_server(
     folder: Path, # What to serve
     port: int, # Of the local address; any free one if 0
@@ -111,4 +135,5 @@ def make_server(
     try: return ThreadingHTTPServer(('127.0.0.1', port), partial(Handler, directory=str(folder)))
     except (OSError, OverflowError) as error:
         taken = getattr(error, 'errno', None) == errno.EADDRINUSE
-        raise ValueError(f'port {port} {"is taken" if taken else f"cannot be used ({error})"}: choose another --port') from None
+        cause = 'is taken' if taken else f'cannot be used ({error})'
+        raise ValueError(f'port {port} {cause}: choose another --port') from None

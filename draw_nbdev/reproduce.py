@@ -199,7 +199,7 @@ def nats(
 
 # %% ../nbs/42_reproduce.ipynb #723a35ee
 def table_1(
-    results: dict[str, tuple[Outcome, dict]], # Experiment -> on test images, and history of the weights
+    results: dict[str, tuple[Outcome, dict]], # Experiment -> on test images, weights' history
 ): # A DataFrame: one row per classifier of the paper
     "Table 1, errors on cluttered MNIST, the paper beside this run"
     paper = {row: f'{error:.2f} %' for row, error in TABLE_1.items()}

@@ -11,6 +11,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
+from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -95,65 +96,48 @@ class StepGradient:
     w: Tensor = None # Of the patch, a view of out, shape (batch, N * channels * N)
 
 # %% ../nbs/66_scan.ipynb #728ffcf3
+@dataclass(slots=True, eq=False)
 class Workspace:
     "The buffers of a pass over some images, and views of them for every step"
-    def __init__(self,
-        s: Sizes, # Of the network
-        glimpses: int, # T
-        batch: int, # Images
-        keep: bool, # Whether a backward pass will follow
-        like: Tensor, # Gives dtype and device
-    ):
-        h, T, R, row, self.bytes = s.hidden, glimpses, s.read + s.write, s.channels * s.width, 0
-        def new(*shape):
-            self.bytes += prod(shape) * like.element_size()
-            return like.new_empty(shape)
-        def time(*shape): return new(T + 1 if keep else 1, batch, *shape)
-        def lstm(): return dict(gates=time(4 * h), cell=time(h), tanh=time(h))
-        self.enc_in, self.dec_in = time(s.features + 2 * h), time(s.latent + h)
-        enc, dec = lstm(), lstm()
-        self.canvas = new(batch, s.height, row)
-        self.flat = self.canvas.flatten(1)
-        buffers, banks = dict(enc_in=self.enc_in, dec_in=self.dec_in, spread=time(s.latent)), []
-        if s.read:
-            buffers |= dict(sigma=time(s.height, row), u=time(10), within=time(10),
-                            rows=time(4 * R), read_half=time(s.read, 2 * row),
-                            w=time(s.write * s.channels, s.write), write_half=time(s.write, row))
-            banks = [time(2 * R // len(s.lengths), L) for L in s.lengths]
-            self.distance = [new(*bank[0].shape) for bank in banks]
-            self.pair = new(batch, s.height, 2 * row) # x and sigma(c)
-            self.pair_x, self.pair_s = self.pair.chunk(2, 2)
-            self.grid = Grid(s, like)
-        else: self.x = new(batch, s.features)
-        self.slots = []
-        for t in range(len(self.enc_in)):
-            v = Step(**{name: buffer[t] for name, buffer in buffers.items()},
-                     enc=LSTMStep(**{name: buffer[t] for name, buffer in enc.items()}),
-                     dec=LSTMStep(**{name: buffer[t] for name, buffer in dec.items()}))
-            v.features, v.enc_hd, v.h_enc = v.enc_in.split([s.features, h, h], 1)
-            v.z, v.h_dec = v.dec_in.split([s.latent, h], 1)
-            if s.read: window_views(v, [bank[t] for bank in banks], s)
-            self.slots.append(v)
-        if not keep:
-            self.slots *= T + 1
-            return
-        self.chunk = max(1, min(T, 1024 // batch)) # steps whose weight gradients make one product
-        self.d_enc, self.d_dec = new(self.chunk, batch, 4 * h), new(self.chunk, batch, 4 * h)
-        self.d_post = new(self.chunk, batch, 2 * s.latent)
-        self.d_out = new(self.chunk, batch, s.outputs)
-        self.d_slots = []
-        for enc, dec, post, out in zip(self.d_enc, self.d_dec, self.d_post, self.d_out):
-            d = StepGradient(Gates(enc), Gates(dec), post, out)
-            d.mean, d.log_deviation = post.chunk(2, 1)
-            if s.read:
-                d.u, d.u8, d.k_delta = out[:, :10], out[:, :8], out[:, 4:8]
-                d.gamma, d.inverse_gamma, d.w = out[:, 8], out[:, 9], out[:, 10:]
-            self.d_slots.append(d)
-        self.tmp = new(batch, h)
-        if s.read:
-            self.d_rows = new(batch, 4 * R)
-            self.d_mus, ks = self.d_rows.chunk(2, 1)
-            self.d_mu, self.d_k = (v.chunk(len(banks), 1) for v in (self.d_mus, ks))
+    enc_in: Tensor # Of all slots, shape (slots, batch, features + 2 * hidden)
+    dec_in: Tensor # Of all slots, shape (slots, batch, latent + hidden)
+    canvas: Tensor # c_t, shape (batch, height, channels * width)
+    flat: Tensor # View of canvas, shape (batch, height * channels * width)
+    slots: list[Step] = field(default_factory=list) # For t = 0..T
+    bytes: int = 0 # What the buffers take
+    # With attention
+    grid: 'Grid' = None # Constants of the windows
+    distance: list[Tensor] = None # a - mu for each bank of filters
+    pair: Tensor = None # x and sigma(c), shape (batch, height, 2 * channels * width)
+    pair_x: Tensor = None # View of pair, shape (batch, height, channels * width)
+    pair_s: Tensor = None # View of pair, shape (batch, height, channels * width)
+    # Without attention
+    x: Tensor = None # Shape (batch, features)
+    # For the backward pass
+    chunk: int = 0 # Steps whose weight gradients make one product
+    d_enc: Tensor = None # Of the encoder's gates, shape (chunk, batch, 4 * hidden)
+    d_dec: Tensor = None # Of the decoder's gates, shape (chunk, batch, 4 * hidden)
+    d_post: Tensor = None # Of mu and log sigma, shape (chunk, batch, 2 * latent)
+    d_out: Tensor = None # Of what is made of h_dec, shape (chunk, batch, outputs)
+    d_slots: list[StepGradient] = field(default_factory=list) # For each step of a chunk
+    tmp: Tensor = None # Overwritten by each LSTM, shape (batch, hidden)
+    d_rows: Tensor = None # Of `Step.rows`, the same shape
+    d_mus: Tensor = None # All mu in d_rows
+    d_mu: list[Tensor] = None # Parts of d_mus for each bank
+    d_k: list[Tensor] = None # Of -k in d_rows, for each bank
+
+# %% ../nbs/66_scan.ipynb #b0f81680
+@dataclass(slots=True)
+class Buffers:
+    "Makes buffers and counts what they take"
+    like: Tensor # Gives dtype and device
+    bytes: int = 0 # Of all buffers so far
+
+    def __call__(self,
+        *shape: int, # Of the buffer
+    ) -> Tensor: # With whatever numbers lay there
+        self.bytes += prod(shape) * self.like.element_size()
+        return self.like.new_empty(shape)
 
 # %% ../nbs/66_scan.ipynb #a681653b
 def window_views(
@@ -173,38 +157,107 @@ def window_views(
     v.write_wide = v.write_half.view(len(v.write_half), -1, s.width)
     v.w_flat = v.w.flatten(1)
 
+# %% ../nbs/66_scan.ipynb #7913e281
+def add_gradients(
+    w: Workspace, # Gets buffers for the backward pass
+    s: Sizes, # Of the network
+    glimpses: int, # T
+    batch: int, # Images
+    new: Buffers, # Makes them
+):
+    "Buffers of the backward pass, and views of them for every step of a chunk"
+    w.chunk = max(1, min(glimpses, 1024 // batch))
+    w.d_enc = new(w.chunk, batch, 4 * s.hidden)
+    w.d_dec = new(w.chunk, batch, 4 * s.hidden)
+    w.d_post = new(w.chunk, batch, 2 * s.latent)
+    w.d_out = new(w.chunk, batch, s.outputs)
+    for enc, dec, post, out in zip(w.d_enc, w.d_dec, w.d_post, w.d_out):
+        d = StepGradient(Gates(enc), Gates(dec), post, out)
+        d.mean, d.log_deviation = post.chunk(2, 1)
+        if s.read:
+            d.u, d.u8, d.k_delta = out[:, :10], out[:, :8], out[:, 4:8]
+            d.gamma, d.inverse_gamma, d.w = out[:, 8], out[:, 9], out[:, 10:]
+        w.d_slots.append(d)
+    w.tmp = new(batch, s.hidden)
+    if s.read:
+        w.d_rows = new(batch, 4 * (s.read + s.write))
+        w.d_mus, d_ks = w.d_rows.chunk(2, 1)
+        w.d_mu = w.d_mus.chunk(len(s.lengths), 1)
+        w.d_k = d_ks.chunk(len(s.lengths), 1)
+
+# %% ../nbs/66_scan.ipynb #0ce64147
+def make_workspace(
+    s: Sizes, # Of the network
+    glimpses: int, # T
+    batch: int, # Images
+    keep: bool, # Whether a backward pass will follow
+    like: Tensor, # Gives dtype and device
+) -> Workspace:
+    "Buffers for a pass over some images, with a slot for each step or one for all"
+    new, count = Buffers(like), glimpses + 1 if keep else 1
+    h, row, filters = s.hidden, s.channels * s.width, s.read + s.write
+    def time(*shape): return new(count, batch, *shape)
+    def lstm(): return dict(gates=time(4 * h), cell=time(h), tanh=time(h))
+    enc, dec, banks = lstm(), lstm(), []
+    steps = dict(enc_in=time(s.features + 2 * h), dec_in=time(s.latent + h), spread=time(s.latent))
+    canvas = new(batch, s.height, row)
+    w = Workspace(steps['enc_in'], steps['dec_in'], canvas, canvas.flatten(1))
+    if s.read:
+        steps |= dict(sigma=time(s.height, row), u=time(10), within=time(10),
+                      rows=time(4 * filters), read_half=time(s.read, 2 * row),
+                      w=time(s.write * s.channels, s.write), write_half=time(s.write, row))
+        banks = [time(2 * filters // len(s.lengths), length) for length in s.lengths]
+        w.distance = [new(*bank[0].shape) for bank in banks]
+        w.pair = new(batch, s.height, 2 * row)
+        w.pair_x, w.pair_s = w.pair.chunk(2, 2)
+        w.grid = make_grid(s, like)
+    else: w.x = new(batch, s.features)
+    for t in range(count):
+        def at_t(buffers): return {name: buffer[t] for name, buffer in buffers.items()}
+        v = Step(**at_t(steps), enc=LSTMStep(**at_t(enc)), dec=LSTMStep(**at_t(dec)))
+        v.features, v.enc_hd, v.h_enc = v.enc_in.split([s.features, h, h], 1)
+        v.z, v.h_dec = v.dec_in.split([s.latent, h], 1)
+        if s.read: window_views(v, [bank[t] for bank in banks], s)
+        w.slots.append(v)
+    if keep: add_gradients(w, s, glimpses, batch, new)
+    else: w.slots *= glimpses + 1
+    w.bytes = new.bytes
+    return w
+
 # %% ../nbs/66_scan.ipynb #71431fcd
+@dataclass(slots=True, eq=False)
 class Lease:
     "Workspaces for one pass, one for each worker; they go back when the lease dies"
-    free = deque() # (key, workspaces), the oldest first
-    limit = 2**30 # Bytes that free workspaces may take
-    def __init__(self,
+    key: tuple # What they fit: sizes, T, images of each worker, keep, dtype, device
+    workspaces: list[Workspace] # One for each worker
+    free: ClassVar[deque] = deque() # (key, workspaces), the oldest first
+    limit: ClassVar[int] = 2**30 # Bytes that free workspaces may take
+
+    @classmethod
+    def of(cls,
         s: Sizes, # Of the network
         glimpses: int, # T
         batches: tuple[int, ...], # Images of each worker
         keep: bool, # Whether a backward pass will follow
         like: Tensor, # Gives dtype and device
-    ):
+    ) -> 'Lease':
+        "Free workspaces that fit, or else new ones"
         key = s, glimpses, batches, keep, like.dtype, like.device
-        taken = (self.take(entry, key) for entry in list(self.free))
-        self.owned = next(filter(None, taken), None)
-        if self.owned is None:
-            fresh = [Workspace(s, glimpses, batch, keep, like) for batch in batches]
-            self.owned = key, fresh
-        self.workspaces = self.owned[1]
+        for entry in list(cls.free):
+            if entry[0] == key and cls.take(entry): return cls(*entry)
+        return cls(key, [make_workspace(s, glimpses, batch, keep, like) for batch in batches])
 
     @classmethod
     def take(cls,
         entry: tuple, # Of `free`
-        key: tuple, # Wanted
-    ) -> tuple | None: # The entry, or None where it does not fit or another thread was faster
+    ) -> bool: # False where another thread was faster
         "Take an entry off the free ones"
-        try: return cls.free.remove(entry) or entry if entry[0] == key else None
-        except ValueError: return None
+        try: cls.free.remove(entry)
+        except ValueError: return False
+        return True
 
     def __del__(self):
-        if not hasattr(self, 'owned'): return
-        self.free.append(self.owned)
+        self.free.append((self.key, self.workspaces))
         with contextlib.suppress(IndexError): # another thread may have taken the last
             while self.kept() > self.limit: self.free.popleft()
 
@@ -265,25 +318,34 @@ def lstm_backward(
     d_cell.mul_(now.f)
 
 # %% ../nbs/66_scan.ipynb #5aa8d325
+@dataclass(slots=True, eq=False)
 class Grid:
-    "Constants of the windows: limits of u, the linear map from u to all mu and -k, the pixels"
-    def __init__(self,
-        s: Sizes, # Of the network
-        like: Tensor, # Gives dtype and device
-    ):
-        scale, shift = fold_window(s, like)
-        reach = scale.abs() * like.new_tensor(2 * LIMITS)[ORDER]
-        self.low, self.high = shift - reach, shift + reach
-        R = s.read + s.write
-        M = torch.zeros(8, 4, R) # u -> mu_Y, mu_X, -k, -k of the R filters of both windows
-        for filters, g, k, N in ((slice(s.read), 0, 4, s.read), (slice(s.read, R), 2, 6, s.write)):
-            M[g + 1, 0, filters] = M[g, 1, filters] = 1
-            M[k + 1, :2, filters] = torch.arange(N) - (N - 1) / 2
-            M[k, 2:, filters] = -1
-        self.to_rows = M.flatten(1).to(like)
-        back = M * torch.tensor([-2., -2., 1., 1.])[:, None]
-        self.from_rows = back.flatten(1).t().to(like).contiguous()
-        self.pixels = [torch.arange(1, L + 1).to(like) for L in s.lengths]
+    "Constants of the windows"
+    low: Tensor # Least u, shape (10,)
+    high: Tensor # Largest u, shape (10,)
+    to_rows: Tensor # Linear map from u to `Step.rows`, shape (8, 4 * (N_read + N_write))
+    from_rows: Tensor # Transposed, with the factors of the gradients; (4 * (N_read + N_write), 8)
+    pixels: list[Tensor] # 1..L for each of `Sizes.lengths`
+
+# %% ../nbs/66_scan.ipynb #1274a443
+def make_grid(
+    s: Sizes, # Of the network
+    like: Tensor, # Gives dtype and device
+) -> Grid:
+    "Limits of u, the linear map from u to all mu and -k, the pixels"
+    scale, shift = fold_window(s, like)
+    reach = scale.abs() * like.new_tensor(2 * LIMITS)[ORDER]
+    count = s.read + s.write
+    M = torch.zeros(8, 4, count) # u -> mu_Y, mu_X, -k, -k of the filters of both windows
+    windows = (slice(s.read), 0, 4, s.read), (slice(s.read, count), 2, 6, s.write)
+    for filters, g, k, N in windows: # where g and k begin in u
+        M[g + 1, 0, filters] = M[g, 1, filters] = 1
+        M[k + 1, :2, filters] = torch.arange(N) - (N - 1) / 2
+        M[k, 2:, filters] = -1
+    back = M * torch.tensor([-2., -2., 1., 1.])[:, None]
+    pixels = [torch.arange(1, length + 1).to(like) for length in s.lengths]
+    return Grid(shift - reach, shift + reach, M.flatten(1).to(like),
+                back.flatten(1).t().to(like).contiguous(), pixels)
 
 # %% ../nbs/66_scan.ipynb #534a3b7f
 def make_filters(
@@ -517,7 +579,8 @@ class Workers:
             if cls.count < count:
                 threads, born = torch.get_num_threads(), threading.Barrier(count)
                 cls.pool, cls.count = ThreadPoolExecutor(count, 'draw_scan', work_alone), count
-                list(cls.pool.map(lambda _: born.wait(), range(count)))
+                started = [cls.pool.submit(born.wait) for _ in range(count)]
+                for worker in started: worker.result()
                 torch.set_num_threads(threads) # work_alone also changes what new threads start with
             return cls.pool
 
@@ -572,6 +635,17 @@ def double_cell_gate(
     i, f, g, o = v.chunk(4)
     return torch.cat([i, f, 2 * g, o])
 
+# %% ../nbs/66_scan.ipynb #203f14d2
+def add_up(
+    parts: list[Weights], # Gradients that each worker found
+) -> Weights: # The first, with the others added in their order
+    "Gradients over the whole batch"
+    total, *others = parts
+    for part in others:
+        for sum_so_far, more in zip(total, part):
+            if more is not None: sum_so_far.add_(more)
+    return total
+
 # %% ../nbs/66_scan.ipynb #17633d14
 class Scan(torch.autograd.Function):
     "All steps of the recurrence as one operation"
@@ -590,7 +664,7 @@ class Scan(torch.autograd.Function):
         latents = x.new_empty(T, len(x), s.latent)
         bounds = [len(x) * i // max(count, 1) for i in range(max(count, 1) + 1)]
         shares = [slice(a, e) for a, e in zip(bounds, bounds[1:])]
-        lease = Lease(s, T, tuple(share.stop - share.start for share in shares), keep, x)
+        lease = Lease.of(s, T, tuple(share.stop - share.start for share in shares), keep, x)
         jobs = [(s, p, products, w, x[share], noise[:, share],
                  canvas[share], posterior[:, share], latents[:, share])
                 for w, share in zip(lease.workspaces, shares)]
@@ -621,9 +695,10 @@ class Scan(torch.autograd.Function):
             jobs = [(ctx.s, p, products, w, d_canvas[share], d_posterior[:, share],
                      d_latents[:, share], image_gradient, ctx.dtype)
                     for w, share in zip(token.lease.workspaces, ctx.shares)]
-            d_p, d_x = zip(*in_parallel(backward_pass, jobs, ctx.count))
-        d_p = (None if parts[0] is None else sum(parts[1:], parts[0]) for parts in zip(*d_p))
-        return None, None, None, torch.cat(d_x) if image_gradient else None, None, *d_p
+            found = in_parallel(backward_pass, jobs, ctx.count)
+        d_weights = add_up([of_weights for of_weights, _ in found])
+        d_x = torch.cat([of_x for _, of_x in found]) if image_gradient else None
+        return None, None, None, d_x, None, *d_weights
 
 # %% ../nbs/66_scan.ipynb #62bfa2ee
 def autocast_dtype(

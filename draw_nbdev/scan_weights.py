@@ -134,7 +134,7 @@ def fold_read(
     return torch.cat([sigma, states]).t(), image.t()
 
 # %% ../nbs/65_scan_weights.ipynb #b60aaee0
-ORDER = [0, 1, 5, 6, 2, 3, 7, 8, 4, 9] # The read window's five numbers and the write window's, mixed
+ORDER = [0, 1, 5, 6, 2, 3, 7, 8, 4, 9] # The five numbers of both windows, read and write, mixed
 
 def fold_window(
     s: Sizes, # Of the network
@@ -172,7 +172,7 @@ class Weights(NamedTuple):
     canvas: Tensor # c_0, shape (height, channels * width)
     encoder: Tensor # First h_enc and its cell, shape (2, hidden)
     decoder: Tensor # First h_dec and its cell, shape (2, hidden)
-    enc_weight: Tensor # (features, h_dec, h_enc) to gates, shape (4 * hidden, features + 2 * hidden)
+    enc_weight: Tensor # (features, h_dec, h_enc) to gates, (4 * hidden, features + 2 * hidden)
     enc_bias: Tensor # Shape (4 * hidden,)
     dec_weight: Tensor # (z_t, h_dec) to gates, shape (4 * hidden, latent + hidden)
     dec_bias: Tensor # Shape (4 * hidden,)

@@ -94,16 +94,17 @@ def clock(monkeypatch):
     monkeypatch.setattr(module, 'peak_memory', lambda scans, config, batch: peaks)
     return built
 
-def test_typical_times(clock):
+@pytest.mark.parametrize('config', [SMALL, WHOLE])
+def test_typical_times(clock, config):
     "Medians of what came after the first step, as images a second and as a share of the floor"
-    rows = {row['scan']: row for row in compare('toy', SMALL, 50, seconds=200)}
+    rows = {row['scan']: row for row in compare('toy', config, 50, seconds=200)}
     assert list(rows) == ['floor', 'products', 'reference', 'fused', 'bfloat16']
     expected = {'floor': 50., 'products': 25., 'reference': 6.25, 'fused': 12.5, 'bfloat16': 25.}
     assert {scan: row['images_per_s'] for scan, row in rows.items()} == expected
     assert {scan: row['floor_share'] for scan, row in rows.items()} == {
         scan: value / 50 for scan, value in expected.items()}
     assert [row['peak_mb'] for row in rows.values()] == [None, None, 100., 200., 300.]
-    same = dict(preset='toy', attention=True, height=5, width=7, batch=50, glimpses=3,
+    same = dict(preset='toy', attention=config.attention, height=5, width=7, batch=50, glimpses=3,
                 threads=torch.get_num_threads())
     for row in rows.values(): assert row.items() >= same.items()
 
@@ -132,8 +133,9 @@ def test_memory_of_this_process(monkeypatch):
     kilobytes = int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])
     assert ours == pytest.approx(kilobytes / 1024, rel=0.02)
 
-def test_memory_of_each_scan():
+@pytest.mark.parametrize('config', [SMALL, WHOLE])
+def test_memory_of_each_scan(config):
     "Measured in processes of their own: Python with torch in it takes hundreds of MB, not of kB"
-    peaks = peak_memory(['fused', 'reference'], SMALL, 2)
+    peaks = peak_memory(['fused', 'reference'], config, 2)
     assert list(peaks) == ['fused', 'reference']
     assert all(50 < peak < 3000 for peak in peaks.values())

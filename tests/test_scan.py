@@ -5,7 +5,7 @@ that both agree to rounding far below any mistake.
 """
 import threading, time
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 import pytest
 import torch
 from torch import nn
@@ -420,7 +420,7 @@ def test_release(nothing_kept):
         value
         for _, workspaces in scan.Lease.free
         for w in workspaces
-        for value in vars(w).values()
+        for value in (getattr(w, part.name) for part in fields(w))
         if isinstance(value, torch.Tensor)
     ]
     # counted, not guessed

@@ -368,9 +368,9 @@ def test_what_is_not_finite_is_not_saved(where, tmp_path, monkeypatch):
     """Training ends with one line as soon as it has gone wrong, before a broken state replaces
     the last good one"""
     genuine, updates = training.bound, []
-    def breaking(output, images):
+    def breaking(output, images, likelihood):
         "The bound, until the ninth update"
-        parts = genuine(output, images)
+        parts = genuine(output, images, likelihood)
         updates.append(1)
         if len(updates) < 9: return parts
         if where == 'bound':

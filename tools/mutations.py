@@ -11,7 +11,10 @@ TESTS = { # Of each module, quick ones first; its notebook comes after them
     'evaluation': ['test_evaluation.py', 'test_mistakes.py -k noise', 'test_parts.py'],
     'files': ['test_files.py', 'test_training.py -k "remains or killed_before"'],
     'cache': ['test_data.py'],
-    'data': ['test_data.py -k "splits or redrawn or mean or rounded or wrong"', 'test_data.py'],
+    'data': [
+        'test_data.py -k "splits or redrawn or mean or rounded or wrong"',
+        'test_data.py -k "by_hand or foreign or damaged"', 'test_data.py',
+    ],
     'images': ['test_images.py'],
     'digits': ['test_digits.py'],
     'archives': ['test_colour.py'],

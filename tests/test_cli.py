@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from draw_nbdev import benchmark, classifier, cli, data_sets, evaluation, reproduce
+from draw_nbdev import benchmark, classifier, cli, data_sets, demo, evaluation, reproduce
 from draw_nbdev.classifier import Classification, DifferentiableRAM, RAMConfig, glimpse_grid
 from draw_nbdev.digits import LabelledImages
 from draw_nbdev.evaluation import Evaluation
@@ -144,6 +144,24 @@ def test_options_of_drawing(options, count, glimpses, seed, weights):
     assert held == {'model': 'draw', 'count': count, 'glimpses': glimpses, 'seed': seed}
 
 
+# ---- draw demo
+
+@pytest.mark.parametrize('options, model, port', [
+    ('', None, 8000), ('draw', 'draw', 8000), ('--port 0', None, 0)])
+def test_options_of_the_demonstration(options, model, port, spy, capsys):
+    "The network that comes first, and the port; Ctrl-C closes the server"
+    closed = []
+    def interrupt(): raise KeyboardInterrupt
+    server = SimpleNamespace(server_port=4321, serve_forever=interrupt,
+                             server_close=lambda: closed.append(True))
+    written = spy(demo, 'live_files', lambda given: given['out'])
+    made = spy(demo, 'make_server', server)
+    draw(f'demo {options}')
+    assert [call['model'] for call in written.calls] == [model]
+    assert made.calls == [dict(folder=written.calls[0]['out'], port=port)]
+    assert closed and 'http://127.0.0.1:4321/' in capsys.readouterr().out
+
+
 # ---- draw reproduce, draw benchmark
 
 @pytest.mark.parametrize('options, expected', [
@@ -274,6 +292,7 @@ TRIED = {
     'reproduce': {*'scale out seed'.split()},
     'benchmark': {*'preset batch glimpses attention side seconds json_file'.split()},
     'data': set(),
+    'demo': {'port'},
 }
 
 def test_no_option_is_forgotten():

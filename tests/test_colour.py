@@ -1,5 +1,5 @@
 "House numbers and CIFAR-10: layouts, faults and the cache"
-import errno, io, os, pickle, shutil, struct, tarfile, tracemalloc, zipfile, zlib
+import errno, hashlib, io, os, pickle, shutil, struct, tarfile, tracemalloc, zipfile, zlib
 from pathlib import Path
 
 import h5py
@@ -446,6 +446,27 @@ def test_boxes_are_clipped():
         crop_number(image, np.array([[-100.0, -100, 300, 300]]))
         == np.asarray(image).transpose(2, 0, 1)
     ).all()
+
+
+def test_crop_is_the_part_around_the_digits():
+    "A box that has 64 x 64 pixels once it is grown: these pixels, and no others"
+    pixels = np.random.default_rng(1).integers(0, 256, (100, 150, 3), dtype=np.uint8)
+    side = 64 / 1.3
+    box = np.array([[70 + 32 - side / 2, 20 + 32 - side / 2, side, side]])
+    expected = pixels[20:84, 70:134].transpose(2, 0, 1).astype(int)
+    assert np.abs(crop_number(Image.fromarray(pixels), box) - expected).max() <= 1
+
+
+def test_order_of_the_crops(numbers):
+    "By the MD5 of part and name: as good as chance, so that validation images are a fair sample"
+    names = [f'{k}.png' for k in range(1, COUNTS['test'] + 1)]
+    ranked = sorted(names, key=lambda name: hashlib.md5(f'test/{name}'.encode()).hexdigest())
+    assert ranked != names
+    found = house_numbers(numbers, 'test').pixels.numpy()
+    for crop, name in zip(found, ranked, strict=True):
+        photograph = Image.open(io.BytesIO(PARTS['test'][name]))
+        boxes = np.array(BOXES[int(name.removesuffix('.png')) % 3], float)
+        assert (crop == crop_number(photograph, boxes)[:, 5:59, 5:59]).all()
 
 
 def png_header(width, height):

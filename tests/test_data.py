@@ -332,13 +332,16 @@ def test_files_put_there_by_hand(server, places):
     ).all() and not asked
 
 
-def test_wrong_file_put_there_by_hand(server, places):
+@pytest.mark.parametrize('reason', ['whole rows', 'wrong MD5'])
+def test_wrong_file_put_there_by_hand(reason, server, places):
+    "It is named, and nothing takes its place: it is no reason for a surrogate, nor for a download"
+    page, file = server[1]['/binarized_mnist_train.amat'], places[0]/'binarized_mnist_train.amat'
     places[0].mkdir()
-    (places[0]/'binarized_mnist_train.amat').write_bytes(b'0 1')
-    # no reason for a surrogate
+    file.write_bytes(b'0 1' if reason == 'whole rows' else page.replace(b'0', b'1', 1))
     for get in (lambda: load('mnist_fixed', 'train'), lambda: mnist_digits('test')):
-        with pytest.raises(ValueError, match='whole rows') as error: get()
-    assert one_line(error) and str(places[0]/'binarized_mnist_train.amat') in str(error.value)
+        with pytest.raises(ValueError, match=reason) as error: get()
+    assert one_line(error) and str(file) in str(error.value)
+    assert not server[2] and leftovers(places[0]) == [file.name]
 
 
 class Trap:

@@ -121,7 +121,8 @@ def draw_by_hand(model, x, noise):
             patch = affine('write.patch', h_dec).reshape(C, c.write_size, c.write_size)
             canvas = canvas + write_by_hand(patch, F_y, F_x) / gamma
         else: canvas = canvas + affine('write.canvas', h_dec).reshape(C, B, A)
-        means.append(mu); log_deviations.append(log_sigma)
+        means.append(mu)
+        log_deviations.append(log_sigma)
     return canvas, np.stack(means), np.stack(log_deviations)
 
 
@@ -357,7 +358,8 @@ def test_lstm():
     with torch.no_grad():
         theirs.weight_ih.copy_(ours.gates.weight[:, :4])
         theirs.weight_hh.copy_(ours.gates.weight[:, 4:])
-        theirs.bias_ih.copy_(ours.gates.bias); theirs.bias_hh.zero_()
+        theirs.bias_ih.copy_(ours.gates.bias)
+        theirs.bias_hh.zero_()
     v, state = torch.randn(5, 4).double(), (
         torch.randn(5, 3).double(), 3 * torch.randn(5, 3).double(),
     )
@@ -404,7 +406,8 @@ def test_generation_draws_afresh():
         with torch.no_grad():
             model.decoder.gates.weight[:, config.latent_size:] = 0 # no way from the last output
             # nor from the last cell
-            model.decoder.gates.weight[h:2 * h] = 0; model.decoder.gates.bias[h:2 * h] = -1e4
+            model.decoder.gates.weight[h:2 * h] = 0
+            model.decoder.gates.bias[h:2 * h] = -1e4
         strokes = model.generate(5, glimpses=6).canvases.diff(dim=0)
         assert (
             strokes.shape[:2] == (6, 5)

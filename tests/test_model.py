@@ -1,12 +1,11 @@
 "Fresh networks, drawings and bounds: what the equations leave to us, against numbers written out"
-import json
 from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from draw_nbdev.attention import AttentiveRead, AttentiveWrite
-from draw_nbdev.filterbank import Window, attention_window
+from draw_nbdev.filterbank import attention_window
 from draw_nbdev.loss import importance_weighted_bound
 from draw_nbdev.model import DRAW, DRAWConfig, LSTMCell, PRESETS, preset
 

@@ -38,7 +38,7 @@ def test_metadata_comes_from_settings():
 def test_requirements_are_uncapped_and_constrained():
     """Users get no upper limits; whoever wants the tried environment gets an exact version of
     everything"""
-    normal = lambda name: re.sub(r'[-_.]+', '-', name).lower()
+    def normal(name): return re.sub(r'[-_.]+', '-', name).lower()
     constrained = {
         normal(o.partition('==')[0])
         for o in (ROOT / 'constraints.txt').read_text().splitlines()

@@ -109,7 +109,9 @@ def test_stopped_and_started_again(what, folder, whole):
     else: os.kill(max(others(process)), signal.SIGKILL)
     code, said = end(process)
     last = said.splitlines()[-1]
-    if what in ('interrupt', 'terminate'): assert code == 130 and re.search(r'the same command goes on .* after update [1-9]', last)
+    if what in ('interrupt', 'terminate'):
+        assert code == 130
+        assert re.search(r'the same command goes on .* after update [1-9]', last)
     elif what == 'kill': assert code == -signal.SIGKILL
     else: assert code == 2 and last.startswith('draw: process 2 of 2 has ended (signal SIGKILL)')
     assert 'Traceback' not in said

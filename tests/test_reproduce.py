@@ -1,14 +1,12 @@
 "The page of `draw reproduce`: units, rows, nearest images, and what a model is trained with"
 import html, json
 from dataclasses import asdict, replace
-from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from draw_nbdev import reproduce as module
 from draw_nbdev.classifier import CLASSIFIERS, Classification
 from draw_nbdev.data import Images
-from draw_nbdev.digits import LabelledImages
 from draw_nbdev.evaluation import Evaluation
 from draw_nbdev.model import DRAW, DRAWConfig, PRESETS
 from draw_nbdev.options import RECIPES, TrainOptions

@@ -354,7 +354,7 @@ def test_second_derivatives(config):
         return torch.autograd.grad(gradient.pow(2).sum(), by)[0]
     x.requires_grad_()
     model, reference = network(config), network(config, scan='reference')
-    linear = lambda output: output.canvas.sum() # an incoming gradient without a history
+    def linear(output): return output.canvas.sum() # an incoming gradient without a history
     for output in (linear, loss):
         for by in (
             lambda model: x, lambda model: model.encoder.gates.weight,
@@ -380,7 +380,9 @@ def workers():
     return [thread for thread in threading.enumerate() if thread.name.startswith('draw_scan')]
 def until(condition):
     end = time.monotonic() + 20
-    while not condition(): time.sleep(0.01); assert time.monotonic() < end
+    while not condition():
+        time.sleep(0.01)
+        assert time.monotonic() < end
 
 @contextmanager
 def threads(count):

@@ -254,6 +254,13 @@ def test_thinned_curves(tool):
         dict(step=400, epoch=0, split='valid', bound=0.333333)]
     assert [r['step'] for r in thin] == sorted(r['step'] for r in thin)
 
+def test_thinned_curves_without_training(tool):
+    "A run shorter than the distance between training rows has validation rows alone, or none"
+    thinned = tool('package').thinned
+    valid = [dict(step=5, epoch=0, split='valid', bound=2.), dict(step=10, epoch=1, split='valid',
+                                                                 bound=1.)]
+    assert thinned(valid) == valid and thinned([]) == []
+
 @pytest.mark.parametrize('cost, halved', [(0.0, True), (0.019, True), (0.021, False)])
 def test_half_precision_of_packaged_weights(cost, halved, tool, tmp_path, monkeypatch):
     "Taken where it moves the bound by less than 0.02 nats; the folder loads either way"
@@ -516,6 +523,8 @@ def test_mutations(tool, tmp_path, monkeypatch):
     for old, count in (('no such text', 0), ('return', 2)):
         with pytest.raises(LookupError, match=f'{count} times'):
             mutate.mutate(tmp_path, 'toy', old, '')
+    with pytest.raises(LookupError, match='no code there'):
+        mutate.mutate(tmp_path, 'toy', '2 * v', '2 *')
     (tmp_path / 'tests/test_hangs.py').write_text('while True: pass\n')
     late = mutate.notices(tmp_path, 'test_hangs.py', 2)
     assert late == 'test_hangs.py: still running after 2 s'

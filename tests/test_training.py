@@ -239,8 +239,9 @@ def test_remains_of_a_killed_process_do_no_harm(undisturbed, tmp_path):
     "Half-written files of every kind, and a line of metrics that was cut off"
     out = tmp_path / 'run'
     with pytest.raises(InterruptedError): toy_train(out, batches=11)
-    (out / 'state.tmp').mkdir(); (out / 'state.tmp/model.safetensors').write_bytes(b'half')
-    (out / 'best.tmp').mkdir(); (out / 'best.tmp/model.safetensors').write_bytes(b'half')
+    for name in ('state.tmp', 'best.tmp'):
+        (out / name).mkdir()
+        (out / name / 'model.safetensors').write_bytes(b'half')
     (out / '.run.json.01234567.tmp').write_text('{"config": ')
     (out / '.metrics.jsonl.01234567.tmp').write_text('{"step": 1')
     with open(out / 'metrics.jsonl', 'a') as file: file.write('{"step": 11, "epo')
@@ -367,9 +368,9 @@ def test_what_is_not_finite_is_not_saved(where, tmp_path, monkeypatch):
     """Training ends with one line as soon as it has gone wrong, before a broken state replaces
     the last good one"""
     genuine, updates = training.bound, []
-    def breaking(output, images):
+    def breaking(output, images, likelihood):
         "The bound, until the ninth update"
-        parts = genuine(output, images)
+        parts = genuine(output, images, likelihood)
         updates.append(1)
         if len(updates) < 9: return parts
         if where == 'bound':
@@ -964,7 +965,7 @@ def test_more_epochs_before_the_rate_falls(tmp_path):
     assert_same(tmp_path / 'run', tmp_path / 'long')
 
 def test_fewer_epochs_before_the_rate_falls(tmp_path):
-    "A run that is made shorter while its rate has not fallen yet is the run that was that short from the beginning"
+    "A run that is made shorter before its rate has fallen is the run that was always so short"
     options = replace(OPTIONS, decay=0.4)
     with pytest.raises(InterruptedError):
         toy_train(tmp_path / 'run', replace(options, epochs=9), batches=8)
@@ -1080,9 +1081,11 @@ def test_a_run_that_left_nothing_is_no_obstacle(tmp_path):
 
 def test_folders_that_are_no_runs_are_left_alone(tmp_path):
     "Somebody's files, a file where a folder should be, and a run.json that is damaged"
-    (tmp_path / 'letters').mkdir(); (tmp_path / 'letters/dear.txt').write_text('Dear')
+    (tmp_path / 'letters').mkdir()
+    (tmp_path / 'letters/dear.txt').write_text('Dear')
     (tmp_path / 'file').write_text('text')
-    (tmp_path / 'damaged').mkdir(); (tmp_path / 'damaged/run.json').write_text('{"config": ')
+    (tmp_path / 'damaged').mkdir()
+    (tmp_path / 'damaged/run.json').write_text('{"config": ')
     for name in ('letters', 'file', 'damaged'):
         with pytest.raises(ValueError, match='--out') as caught: toy_train(tmp_path / name)
         assert '\n' not in str(caught.value)

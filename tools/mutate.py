@@ -39,9 +39,12 @@ def mutate(
     old: str, # What stands in it
     new: str, # The mistake
 ) -> dict[Path, str]: # File -> its text with the mistake: the module and its notebook
-    "Both texts of a mistake"
+    "Both texts of a mistake; raises `LookupError` where they cannot be made"
     file, notebook = top / f'draw_nbdev/{module}.py', top / 'nbs' / notebook_of(module)
     mutated = change(file.read_text(encoding='utf-8'), old, new)
+    try: compile(mutated, file, 'exec')
+    except SyntaxError as error:
+        raise LookupError(f'{new!r} is no code there ({error}): mend tools/mutations.py') from None
     held = json.loads(notebook.read_text(encoding='utf-8'))
     for cell in held['cells']:
         source = ''.join(cell['source'])

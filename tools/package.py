@@ -26,7 +26,7 @@ def score(model, data, kind):
 def thinned(rows: list[dict]) -> list[dict]: # At most about `POINTS` of training and all of validation, in order
     "Means of as many training rows as it takes"
     train, valid = ([row for row in rows if row['split'] == split] for split in ('train', 'valid'))
-    size = -(-len(train) // POINTS)
+    size = max(1, -(-len(train) // POINTS))
     groups = [train[i:i + size] for i in range(0, len(train), size)]
     means = [{**group[-1], **{key: sum(row[key] for row in group) / len(group) for key, value in group[-1].items() if isinstance(value, float)}} for group in groups]
     def short(value): return float(f'{value:.6g}') if isinstance(value, float) else value

@@ -161,6 +161,9 @@ def open_run(
     check_folder(out, file.name)
     if best.exists() and not (best.is_dir() and all(part.is_file() for part in best.iterdir())):
         raise ValueError(f'{best} is not a folder of weights: remove it, or choose another --out')
+    metrics = out / 'metrics.jsonl'
+    if metrics.exists() and not metrics.is_file():
+        raise ValueError(f'{metrics} is not a file: remove it, or choose another --out')
     if not file.is_file(): return None
     run = read_run(file)
     if not any(out.glob('state-*')) and not best.exists(): return None # it left nothing to lose

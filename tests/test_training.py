@@ -694,6 +694,16 @@ def test_run_json_of_another_shape(text, tmp_path):
     with pytest.raises(ValueError, match='run') as caught: toy_train(out)
     assert '\n' not in str(caught.value) and str(out) in str(caught.value)
 
+def test_metrics_that_are_no_file(undisturbed, tmp_path):
+    "Refused in one line that names it, before anything is written"
+    out = tmp_path / 'run'
+    shutil.copytree(undisturbed, out)
+    (out / 'metrics.jsonl').unlink()
+    (out / 'metrics.jsonl').mkdir()
+    before = (out / 'run.json').stat().st_mtime_ns
+    with pytest.raises(ValueError, match='metrics.jsonl is not a file: remove it'): toy_train(out)
+    assert (out / 'run.json').stat().st_mtime_ns == before
+
 def test_best_that_is_no_folder_of_weights(undisturbed, tmp_path):
     "Refused before anything is written"
     for name in ('best', 'best/model.safetensors'):

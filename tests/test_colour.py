@@ -623,6 +623,16 @@ def test_cifar_cannot_be_had(cifar, places, fault):
     assert leftovers(root) == before and not cache.exists()
 
 
+def test_download_of_cifar_is_checked(cifar, places, monkeypatch):
+    "The official checksum goes along with the address"
+    asked = []
+    def download(*arguments):
+        asked.append(arguments)
+        return cifar[0]
+    monkeypatch.setattr('draw_nbdev.cifar.download', download)
+    assert len(cifar10('test')) == 4 and asked == [(CIFAR10.url, CIFAR10.tgz_md5)]
+
+
 def test_cifar_is_never_unpickled_unchecked(cifar, places):
     class Trap:
         def __reduce__(self): return Path.touch, (places[0]/'trapped',)

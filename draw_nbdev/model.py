@@ -275,7 +275,8 @@ def find_weights(
                      'with config.json and model.safetensors, or hf://owner/name on the Hub')
 
 # %% ../nbs/14_model.ipynb #74c4be33
-class Pretrained(PyTorchModelHubMixin):
+class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/draw_nbdev',
+                 docs_url='https://draw-nbdev.github.io/draw_nbdev'):
     "Saving and strict loading for a network whose sizes are its argument `config`"
     model_type = '' # What config.json calls this kind of network
 

@@ -185,3 +185,10 @@ def test_names_of_the_package():
         "else: raise SystemExit('no AttributeError')"
     )
     run(sys.executable, '-c', code, cwd=ROOT)
+
+def test_card_of_an_upload():
+    "Names the paper, the code and the pages, at the addresses of settings.ini"
+    from draw_nbdev.model import DRAW, DRAWConfig
+    card = DRAW(DRAWConfig(glimpses=1, hidden_size=2)).generate_model_card().content
+    pages = SETTINGS['doc_host'] + SETTINGS['doc_baseurl']
+    for address in (SETTINGS['git_url'], pages, '1502.04623'): assert address in card

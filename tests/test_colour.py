@@ -530,6 +530,15 @@ def test_paths_in_archives_do_no_harm(tmp_path, monkeypatch):
     ] == before
 
 
+@pytest.mark.parametrize('name, belongs', [
+    ('train/1.png', True), ('svhn/train/1.png', True), ('train/digitStruct.mat', True),
+    ('train/more/1.png', False), ('train.png', False), ('extra/1.png', False),
+    ('train/.1.png', False), ('train/._1.png', False), ('__MACOSX/train/1.png', False),
+])
+def test_what_belongs_to_a_part(name, belongs):
+    "Files right below the folder of the part, but none that an operating system adds"
+    assert archives.is_in(name, 'train') == belongs
+
 def test_find_parts_of_other_things(tmp_path):
     (tmp_path/'text').write_text('text')
     assert not find_parts(tmp_path) and not find_parts(tmp_path/'text')

@@ -20,16 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from .files import is_partial, reraise_as, sha256, write_text
+from .files import is_partial, md5, reraise_as, sha256, write_text
 from .options import TrainOptions, learning_rate
 
 # %% ../nbs/63_checkpoints.ipynb #310412a6
 def checksums(
-    folder: Path, # With files, and no folders
-) -> dict[str, str]: # Name -> SHA-256, without progress.json
-    "What the files of a state are known by"
+    folder: Path, # With the files of a state
+    progress: dict, # What its progress.json says, beside these checksums
+) -> dict[str, str]: # Name -> SHA-256, of progress.json the MD5 of what it says
+    "What a state is known by"
+    said = md5(json.dumps(progress, sort_keys=True).encode())
     files = (file for file in sorted(folder.iterdir()) if file.name != 'progress.json')
-    return {file.name: sha256(file) for file in files}
+    return {**{file.name: sha256(file) for file in files}, 'progress.json': said}
 
 # %% ../nbs/63_checkpoints.ipynb #f11f34c5
 def save_state(
@@ -50,7 +52,7 @@ def save_state(
         weights = {name: value.contiguous() for name, value in averaged.state_dict().items()}
         with reraise_as(OSError, refused, SafetensorError):
             save_file(weights, partial / 'averaged.safetensors')
-        text = json.dumps({**progress, 'files': checksums(partial)})
+        text = json.dumps({**progress, 'files': checksums(partial, progress)})
         (partial / 'progress.json').write_text(text, encoding='utf-8')
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
@@ -73,7 +75,7 @@ def load_state(
     if not states: return None
     with reraise_as(ValueError, f'{states[-1]} is damaged: remove it to begin again', *DAMAGE):
         progress = json.loads((states[-1] / 'progress.json').read_text(encoding='utf-8'))
-        if progress.pop('files') != checksums(states[-1]):
+        if progress.pop('files') != checksums(states[-1], progress):
             raise ValueError('its files are not those that were saved')
         if f'state-{progress["step"]:08d}' != states[-1].name:
             raise ValueError('progress.json belongs to another state')

@@ -539,6 +539,18 @@ def test_what_belongs_to_a_part(name, belongs):
     "Files right below the folder of the part, but none that an operating system adds"
     assert archives.is_in(name, 'train') == belongs
 
+@pytest.mark.parametrize('error', [
+    OSError('short read'), RuntimeError('encrypted'), NotImplementedError('compression'),
+    EOFError('end'), zlib.error('invalid block'), tarfile.ReadError('no header'),
+    zipfile.BadZipFile('no directory'),
+])
+def test_damage_is_told_in_one_line(error, tmp_path):
+    "Whatever the libraries raise"
+    place = tmp_path / 'train.tar.gz'
+    with pytest.raises(ValueError, match='train.tar.gz is damaged: get it again') as caught:
+        with archives.damage_in(place): raise error
+    assert one_line(caught)
+
 def test_find_parts_of_other_things(tmp_path):
     (tmp_path/'text').write_text('text')
     assert not find_parts(tmp_path) and not find_parts(tmp_path/'text')

@@ -610,7 +610,9 @@ def saved_again(state, name, change):
 
 def signed_again(state):
     "A state with the right checksums, whatever is in it"
-    other_progress(state, files=checkpoints.checksums(state))
+    progress = json.loads((state / 'progress.json').read_text())
+    del progress['files']
+    other_progress(state, files=checkpoints.checksums(state, progress))
 
 def with_nan(state):
     "A number in the averaged weights that is none"
@@ -628,13 +630,16 @@ def with_nan(state):
         ),
         lambda state: other_progress(state, step=12), lambda state: other_progress(state, step='8'),
         lambda state: other_progress(state, files={}),
+        lambda state: other_progress(state, cpu_seconds=1.),
+        lambda state: other_progress(state, cqu_seconds=1.),
         lambda state: saved_again(state, 'optimizer.bin', lambda held: held['state'].clear()),
         lambda state: saved_again(state, 'optimizer.bin', lambda held: held['state'].pop(3)),
         with_nan,
     ],
     ids=[
         'empty', 'list', 'null', 'number', 'text', 'deep', 'without checksums', 'another step',
-        'step in quotes', 'no checksums', 'no moments', 'fewer moments', 'nan',
+        'step in quotes', 'no checksums', 'other seconds', 'another name', 'no moments',
+        'fewer moments', 'nan',
     ],
 )
 def test_states_that_do_not_belong_together(damage, tmp_path):

@@ -511,7 +511,7 @@ MUTATIONS = {
         ('images a second without the batch', 'updates * self.options.batch_size /', 'updates /'),
     ],
     'checkpoints': [
-        ('changed files of a state accepted', "if progress.pop('files') != checksums(states[-1]):",
+        ('changed files of a state accepted', "if progress.pop('files') != checksums(states[-1], progress):",
          "progress.pop('files')\n        if False:"),
         ('state of another update accepted',
          "if f'state-{progress[\"step\"]:08d}' != states[-1].name:", 'if False:'),

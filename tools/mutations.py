@@ -39,7 +39,7 @@ TESTS = { # Of each module, quick ones first; its notebook comes after them
     'plots': ['test_plots.py'],
     'diagrams': ['test_diagrams.py'],
     'cli': ['test_cli.py', 'test_tools.py'],
-    'demo': ['test_live.py', 'test_browser.py'],
+    'demo': ['test_demo.py', 'test_live.py', 'test_browser.py'],
     'reproduce': ['test_reproduce.py'],
     'benchmark': ['test_benchmark.py'],
 }

@@ -387,6 +387,8 @@ class="wide">{table_2}</div>
 <p>Glimpses T, units h of each LSTM, numbers z of each latent, and the side of the read and the
 write window in filters.</p><div class="wide">{table_3}</div>
 <h2>Figures</h2>
+<p>The networks draw and read before your eyes with <code>draw demo</code>, or on
+<a href="https://draw-nbdev.github.io/draw_nbdev/live.html">the live page</a>.</p>
 {figures}
 <h2>Where the numbers come from</h2>
 <p>Columns “paper”: the paper’s tables. Everything else was computed for this page. For grey and

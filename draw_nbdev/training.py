@@ -165,7 +165,9 @@ def machine(
     name, file = platform.processor(), Path('/proc/cpuinfo')
     if file.is_file():
         for line in file.read_text(encoding='utf-8').splitlines():
-            if line.startswith('model name'): name = line.split(':')[1].strip()
+            if not line.startswith('model name'): continue
+            name = line.split(':')[1].strip()
+            break # all cores have one
     return {'hardware': f'{name}, {os.cpu_count()} cores', 'software': software}
 
 # %% ../nbs/22_training.ipynb #def5a6fc
@@ -191,17 +193,27 @@ class Record:
         self.cpu_began, self.cpu_before = process_time(), progress['cpu_seconds']
         self.start_clock(progress['step'])
 
-    def start_clock(self, done):
+    def start_clock(self,
+        done: int, # Updates
+    ) -> None:
         "Images per second are counted from here"
         self.since = perf_counter(), done
 
-    def check(self, good):
+    def check(self,
+        good: bool, # Is everything still finite?
+    ) -> None:
         "Raise `ValueError` where the run has left the numbers"
         if not good:
             raise ValueError('the loss is no longer finite: choose a lower learning rate; '
                              f'{self.out} keeps the last good state')
 
-    def write_update(self, done, epoch, glimpses, values, **more):
+    def write_update(self,
+        done: int, # Updates
+        epoch: int, # Counted from 0
+        glimpses: int, # Steps, T
+        values: dict[str, Tensor], # As `Task.loss` shows them, each of shape (batch,)
+        **more: float, # What else to log
+    ) -> None:
         "A line of training: means over the batch, and images per second since the last line"
         means = torch.stack([value.mean().detach() for value in values.values()])
         means = self.accelerator.reduce(means, 'mean').tolist()
@@ -213,14 +225,21 @@ class Record:
                            images_per_s=speed)
         self.start_clock(done)
 
-    def measure(self, done):
+    def measure(self,
+        done: int, # Updates
+    ) -> None:
         "Take down how far the run is and what it has cost, CPU time of all processes together"
         self.check(all(value.isfinite().all() for value in self.averaged.parameters()))
         cpu = torch.tensor(process_time() - self.cpu_began, device=self.accelerator.device)
         cpu = self.cpu_before + self.accelerator.reduce(cpu, 'sum').item()
         self.progress.update(step=done, seconds=perf_counter() - self.began, cpu_seconds=cpu)
 
-    def validate(self, task, valid_set, epoch, glimpses):
+    def validate(self,
+        task: Task, # Of the run
+        valid_set: Images, # Images to choose by
+        epoch: int, # Counted from 0
+        glimpses: int, # Steps, T
+    ) -> None:
         "A line of validation, and the averaged weights if they are the best so far"
         done, progress = self.progress['step'], self.progress
         if self.main:
@@ -237,7 +256,7 @@ class Record:
                 save_weights(model, self.out / 'best', history)
         self.start_clock(done)
 
-    def save(self):
+    def save(self) -> None:
         "A state from which the run goes on"
         save_state(self.accelerator, self.averaged, self.progress, self.out)
 

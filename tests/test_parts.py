@@ -9,7 +9,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import distributions, nn
-import draw_nbdev.model
 from draw_nbdev.attention import AttentiveRead, AttentiveWrite
 from draw_nbdev.classifier import NETWORKS, network_class, network_for
 from draw_nbdev.data import Images
@@ -18,7 +17,6 @@ from draw_nbdev.loss import bound, importance_weighted_bound, log_weights, recon
 from draw_nbdev.model import (DRAW, PARTS, PRETRAINED, Bernoulli, DRAWConfig, DRAWOutput, LSTMCell,
                               attentive_read, attentive_write, lstm, whole_read, whole_write)
 from draw_nbdev.options import TrainOptions
-from draw_nbdev.scan import fused_scan
 from draw_nbdev.training import train
 
 SMALL = DRAWConfig(height=5, width=7, channels=3, glimpses=3, hidden_size=6, latent_size=3,
@@ -41,16 +39,6 @@ def definition(model, x, noise):
     steps = list(model.steps(x, noise))
     means, deviations, latents = (torch.stack(values) for values in zip(*(s[:3] for s in steps)))
     return DRAWOutput(steps[-1].canvas, means, deviations, latents)
-
-@pytest.fixture
-def fused_calls(monkeypatch):
-    "One entry for every pass that `DRAW.forward` hands to the scan"
-    calls = []
-    def counted(*arguments):
-        calls.append(None)
-        return fused_scan(*arguments)
-    monkeypatch.setattr(draw_nbdev.model, 'fused_scan', counted)
-    return calls
 
 @pytest.fixture
 def parts(monkeypatch):

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
-import draw_nbdev.model, draw_nbdev.scan as scan, draw_nbdev.scan_weights as scan_weights
+import draw_nbdev.scan as scan, draw_nbdev.scan_weights as scan_weights
 from draw_nbdev.attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
 from draw_nbdev.model import DRAW, DRAWConfig, DRAWOutput, LSTMCell
 
@@ -56,16 +56,6 @@ def learned(scan, model, x, noise):
     ]
 
 def forward(model, x, noise): return model(x, noise)
-
-@pytest.fixture
-def fused_calls(monkeypatch):
-    "One entry for every pass that `DRAW.forward` hands to the scan"
-    calls = []
-    def counted(*arguments):
-        calls.append(None)
-        return scan.fused_scan(*arguments)
-    monkeypatch.setattr(draw_nbdev.model, 'fused_scan', counted)
-    return calls
 
 @pytest.fixture
 def nothing_kept():

@@ -113,7 +113,8 @@ def training_step(
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     def step():
         optimizer.zero_grad()
-        bound(DRAWOutput(*scan(model, images, noise)), images).total.mean().backward()
+        output = DRAWOutput(*scan(model, images, noise))
+        bound(output, images, model.likelihood).total.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.)
         optimizer.step()
     return step

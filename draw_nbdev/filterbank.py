@@ -44,7 +44,7 @@ def attention_window(
 def filterbank(
     center: Tensor, # Centre of the grid on this axis, g_X or g_Y, in pixels from 1, shape (batch,)
     stride: Tensor, # Distance between filter centres, delta, in pixels, shape (batch,)
-    variance: Tensor, # Variance of the filters, sigma^2, in squared pixels, shape (batch,)
+    variance: Tensor, # Of the filters, sigma^2, above 0, in squared pixels, shape (batch,)
     size: int, # Number of filters, N
     length: int, # Number of pixels along this axis, A or B
 ) -> Tensor: # F_X or F_Y, rows sum to 1, shape (batch, size, length)

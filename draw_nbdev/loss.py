@@ -48,7 +48,7 @@ class Bound(NamedTuple):
 def bound(
     output: DRAWOutput, # What the network returned for these images
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
-    likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
+    likelihood: nn.Module, # The network's: what its canvas means
 ) -> Bound: # One sample of it for each image
     "Eq. 12: what training minimises, and what Table 2 reports"
     reconstruction = reconstruction_loss(output.canvas, images, likelihood)
@@ -59,7 +59,7 @@ def bound(
 def log_weights(
     output: DRAWOutput, # What the network returned for these images
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
-    likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
+    likelihood: nn.Module, # The network's: what its canvas means
 ) -> Tensor: # log p(x, z) - log q(z | x) in nats, shape (batch,)
     "Log importance weight of the latents that were drawn; its mean is minus the bound"
     z, means, log_deviations = output.latents, output.means, output.log_deviations

@@ -409,7 +409,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         count: int = 1, # Number of images
         glimpses: int | None = None, # Steps; the configuration's if None
         generator: torch.Generator | None = None, # Source of z; torch's global one if None
-    ) -> Drawing: # `model.likelihood(drawing.canvases[-1]).mean` are the mean images
+    ) -> Drawing: # `model.images(drawing.canvases[-1])` are the finished images
         "Eqs 13-16: draw from the prior, a fresh z at every step"
         shape = (glimpses or self.config.glimpses, count, self.config.latent_size)
         device = generator.device if generator else None
@@ -427,6 +427,13 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
             canvases.append(canvases[-1] + update)
             windows.append(window)
         return Drawing(torch.stack(canvases), stack_windows(windows))
+
+    @torch.no_grad()
+    def images(self,
+        canvases: Tensor, # c_t, shape (..., channels, height, width)
+    ) -> Tensor: # In 0..1, the same shape
+        "The mean of p(x | c), to be looked at: sigma(c) unless the network has another likelihood"
+        return self.likelihood(canvases).mean.clamp(0, 1)
 
     def initial_states(self,
         count: int, # Images in the batch

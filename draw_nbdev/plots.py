@@ -23,17 +23,16 @@ WRITE_COLOR, READ_COLOR = '#e8291c', '#00b050'
 # %% ../nbs/70_plots.ipynb #97d65d0e
 def _checked(
     images: Tensor, # Images to draw, shape (..., channels, height, width)
-    name: str = 'images', # What to call them in the message
 ) -> Tensor: # The same in float32 on the CPU, without gradient
     "Raise ValueError unless `images` are floats in [0, 1] with one channel or three."
     if images.ndim < 3 or images.shape[-3] not in (1, 3) or not images.numel():
-        raise ValueError(f'{name} must have shape (..., 1 or 3, height, width) and hold something, '
+        raise ValueError('images must have shape (..., 1 or 3, height, width) and hold something, '
                          f'not {tuple(images.shape)}')
     if not images.is_floating_point():
-        raise ValueError(f'{name} must be floats in [0, 1], not {images.dtype}: '
+        raise ValueError(f'images must be floats in [0, 1], not {images.dtype}: '
                          'divide bytes by 255')
     if not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f'{name} must lie in [0, 1]: take torch.sigmoid of a canvas')
+        raise ValueError('images must lie in [0, 1]: take model.images(canvases)')
     return images.detach().float().cpu()
 
 # %% ../nbs/70_plots.ipynb #5366b6de
@@ -122,31 +121,30 @@ def draw_windows(
 
 # %% ../nbs/70_plots.ipynb #b279d5a2
 def _at_times(
-    canvases: Tensor, # Logits from c_0 on, shape (glimpses + 1, batch, channels, height, width)
+    images: Tensor, # In [0, 1], from c_0 on, shape (glimpses + 1, batch, channels, height, width)
     windows, # Windows of each write, fields of shape (glimpses, batch), in pixels, or None
     size: int | None, # Side of the patch, needed with windows
     times: list[int], # Glimpses to show, counted from 1
     zoom: int, # Screen pixels to an image pixel
     color: str, # Of the windows
 ) -> Tensor: # Images in [0, 1], shape (len(times), batch, 1 or 3, zoom * height, zoom * width)
-    "The canvases after some of the glimpses, enlarged, with the windows if there are any."
-    if canvases.ndim != 5 or len(canvases) < 2:
-        raise ValueError('canvases must have shape (glimpses + 1, batch, channels, height, width), '
-                         f'not {tuple(canvases.shape)}')
-    images = canvases[times].sigmoid()
-    if windows is None: return _enlarge(_checked(images, 'canvases'), zoom)
+    "The images after some of the glimpses, enlarged, with the windows if there are any."
+    if images.ndim != 5 or len(images) < 2:
+        raise ValueError('images must have shape (glimpses + 1, batch, channels, height, width), '
+                         f'not {tuple(images.shape)}')
+    if windows is None: return _enlarge(_checked(images[times]), zoom)
     if size is None: raise ValueError('windows need size, the side of the patch')
-    shape = len(canvases) - 1, canvases.shape[1]
+    shape = len(images) - 1, images.shape[1]
     if windows.center_x.shape != shape:
         raise ValueError(f'windows must have shape {shape}, a window for each write, '
                          f'not {tuple(windows.center_x.shape)}')
     earlier = [time - 1 for time in times] # windows count from 0
     shown = SimpleNamespace(**{field: getattr(windows, field)[earlier] for field in _FIELDS})
-    return draw_windows(images, shown, size, zoom, color)
+    return draw_windows(images[times], shown, size, zoom, color)
 
 # %% ../nbs/70_plots.ipynb #871fd981
 def sequence_grid(
-    canvases: Tensor, # Logits from c_0 on, shape (glimpses + 1, batch, channels, height, width)
+    images: Tensor, # In [0, 1], from c_0 on, shape (glimpses + 1, batch, channels, height, width)
     windows=None, # Of each write, fields (glimpses, batch), in pixels; None without attention
     size: int | None = None, # Side of the patch, the paper's N, needed with windows
     steps: int = 10, # Columns, spread evenly from the first glimpse to the last
@@ -155,12 +153,12 @@ def sequence_grid(
     color: str = WRITE_COLOR, # Of the windows
 ) -> Image.Image: # RGB picture: a row for each image, time from left to right
     "Show how images come about: one image a row, time in the columns, the last glimpse among them."
-    glimpses = len(canvases) - 1
+    glimpses = len(images) - 1
     if steps < 1: raise ValueError(f'steps must be 1 or more, not {steps}')
     columns = min(steps, max(glimpses, 1))
     times = torch.linspace(glimpses, 1, columns).round().long().flip(0).tolist()
-    images = _at_times(canvases, windows, size, times, zoom, color)
-    return image_grid(images.transpose(0, 1).flatten(0, 1), columns=len(times), pad=pad)
+    shown = _at_times(images, windows, size, times, zoom, color)
+    return image_grid(shown.transpose(0, 1).flatten(0, 1), columns=len(times), pad=pad)
 
 # %% ../nbs/70_plots.ipynb #90751e96
 def can_write_mp4() -> bool: # Is there an ffmpeg, and does it know H.264?
@@ -219,7 +217,7 @@ def _write_mp4(
 
 # %% ../nbs/70_plots.ipynb #80646397
 def animation(
-    canvases: Tensor, # Logits from c_0 on, shape (glimpses + 1, batch, channels, height, width)
+    images: Tensor, # In [0, 1], from c_0 on, shape (glimpses + 1, batch, channels, height, width)
     path: str | os.PathLike, # Where to; the ending .gif or .mp4 says the format
     windows=None, # Of each write, fields (glimpses, batch), in pixels; None without attention
     size: int | None = None, # Side of the patch, the paper's N, needed with windows
@@ -232,7 +230,7 @@ def animation(
     color: str = WRITE_COLOR, # Of the windows
 ) -> Path: # The same path
     "Write a film of a grid of images that draw themselves: a GIF in an endless loop, or an MP4."
-    path, glimpses = Path(path), len(canvases) - 1
+    path, glimpses = Path(path), len(images) - 1
     ending = path.suffix.lower()
     if ending not in ('.gif', '.mp4'):
         raise ValueError(f'an animation is a GIF or an MP4: end "{path.name}" in .gif or .mp4')
@@ -243,15 +241,15 @@ def animation(
     if duration <= 0: raise ValueError(f'duration must be more than 0 milliseconds, not {duration}')
 
     def frame(time, windows):
-        images = _at_times(canvases, windows, size, [time], zoom, color)[0]
-        return image_grid(images, columns, pad=pad)
+        shown = _at_times(images, windows, size, [time], zoom, color)[0]
+        return image_grid(shown, columns, pad=pad)
 
     times = list(range(glimpses, 0, -every))[::-1] or [1]
     plain = [frame(time, None) for time in (times[0], times[len(times) // 2], times[-1])]
     frames = [frame(time, windows) for time in times] + ([] if windows is None else [plain[-1]])
     if ending == '.mp4': _write_mp4(frames, path, duration, hold)
     else:
-        fitted = 30 if canvases.shape[2] == 1 else 126
+        fitted = 30 if images.shape[2] == 1 else 126
         _write_gif(frames, path, duration, hold, [color, 'white'], fitted, plain)
     return path
 

@@ -294,9 +294,10 @@ def pictures(
         return
     config, few = model.network.config, drawing.first(8)
     size = config.write_size if config.attention else None
-    rows = plots.sequence_grid(few.canvases, few.windows, size, COLUMNS)
+    images = model.network.images
+    rows = plots.sequence_grid(images(few.canvases), few.windows, size, COLUMNS)
     yield experiment.sequence, 'sequence', rows, SEQUENCE if config.attention else WHOLE
-    samples = drawing.canvases[-1, :8 * COLUMNS].sigmoid()
+    samples = images(drawing.canvases[-1, :8 * COLUMNS])
     if data and not isinstance(data('train'), FreshDigits):
         index, _ = nearest_images(samples[COLUMNS - 1::COLUMNS], data('train'))
         grid = plots.samples_with_neighbours(samples, data('train').batch(index))
@@ -338,7 +339,8 @@ def draw_film(
     "An animation, and the same as a video where one can be made"
     more, size = drawing.first(36), network.config.write_size if network.config.attention else None
     films = [f'drawing_{name}.gif'] + [f'drawing_{name}.mp4'] * plots.can_write_mp4()
-    for file in films: plots.animation(more.canvases, out / file, more.windows, size)
+    images = network.images(more.canvases)
+    for file in films: plots.animation(images, out / file, more.windows, size)
     same = f' The same as a film: {films[1]}' if films[1:] else ''
     return {films[0]: f'One frame for each glimpse ({about}).{same}'}
 

@@ -66,7 +66,7 @@ def test_steps_of_training(config):
     for _, before, images, noise in seen:
         for a, b in zip(model.parameters(), before.parameters()): torch.testing.assert_close(a, b)
         output = DRAWOutput(*reference_scan(model, images, noise))
-        loss = bound(output, images).total.mean()
+        loss = bound(output, images, model.likelihood).total.mean()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         length = sum(g.square().sum() for g in gradients).sqrt()
         for p, g in zip(model.parameters(), gradients): p.grad = g * min(1, 10 / length)

@@ -135,10 +135,10 @@ def test_options_of_drawing(options, count, glimpses, seed, weights):
     draw(f'generate draw --out pictures {options}')
     model, random = DRAW.from_pretrained(weights / 'draw'), torch.Generator().manual_seed(seed)
     drawing = model.generate(count, glimpses, random)
-    expected = image_grid(drawing.canvases[-1].sigmoid(), zoom=2)
+    expected = image_grid(model.images(drawing.canvases[-1]), zoom=2)
     assert np.array_equal(pixels(weights / 'pictures/samples.png'), np.asarray(expected))
     few = drawing.first(8)
-    expected = sequence_grid(few.canvases, few.windows, SIZES.write_size)
+    expected = sequence_grid(model.images(few.canvases), few.windows, SIZES.write_size)
     assert np.array_equal(pixels(weights / 'pictures/sequence.png'), np.asarray(expected))
     held = json.loads((weights / 'pictures/generate.json').read_text())
     assert held == {'model': 'draw', 'count': count, 'glimpses': glimpses, 'seed': seed}

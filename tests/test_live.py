@@ -153,7 +153,7 @@ def check_drawing(node, folder, model, image):
     near_windows([step['read'] for step in steps[1:]], drawing.read_windows)
     near([step['mu'] for step in steps[1:]], output.means, 1e-3)
     near([step['logSigma'] for step in steps[1:]], output.log_deviations, 1e-3)
-    losses = bound(output, image)
+    losses = bound(output, image, model.likelihood)
     near(again['perStep'], losses.per_step, 1e-3)
     for name in ('total', 'reconstruction', 'latent'):
         near([again[name]], getattr(losses, name), 1e-4)

@@ -370,7 +370,7 @@ def test_initial_states():
     for scan in SCANS:
         model = random_model(scan=scan)
         x = torch.rand(2, 3, 5, 7).double()
-        bound(model(x), x).total.sum().backward()
+        bound(model(x), x, model.likelihood).total.sum().backward()
         named = dict(model.named_parameters())
         for name in ('initial_canvas', 'initial_encoder', 'initial_decoder'):
             assert (
@@ -447,7 +447,8 @@ def test_bound():
     latent = kl_reference(Normal(output.means, output.log_deviations.exp()), Normal(0.0, 1.0)).sum(
         (0, 2)
     )
-    for ours, theirs in zip(bound(output, x), (likelihood + latent, likelihood, latent)):
+    expected = likelihood + latent, likelihood, latent
+    for ours, theirs in zip(bound(output, x, model.likelihood), expected):
         assert_close(ours, theirs.detach().numpy())
     assert_close(reconstruction_loss(output.canvas, x), likelihood.detach().numpy())
 

@@ -63,8 +63,8 @@ def test_film_replaces_the_old_one_and_obeys_the_umask(tmp_path):
     film = tmp_path / 'new' / 'drawing.mp4'
     old = os.umask(0o022)
     try:
-        for canvases in (torch.zeros(3, 1, 1, 8, 8), torch.zeros(3, 1, 3, 9, 7)):
-            assert animation(canvases, film) == film
+        for images in (torch.zeros(3, 1, 1, 8, 8), torch.zeros(3, 1, 3, 9, 7)):
+            assert animation(images, film) == film
     finally: os.umask(old)
     assert film.read_bytes()[4:8] == b'ftyp' and film.stat().st_mode & 0o777 == 0o644
     assert os.listdir(film.parent) == ['drawing.mp4']

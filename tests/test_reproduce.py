@@ -171,7 +171,7 @@ def test_nearest_training_images(model):
     expected = samples_with_neighbours(samples, train_set.batch(nearest))
     assert np.array_equal(found['samples'][1], expected)
     few = drawing.first(8)
-    expected = sequence_grid(few.canvases, few.windows, TINY.write_size, 10)
+    expected = sequence_grid(few.canvases.sigmoid(), few.windows, TINY.write_size, 10)
     assert np.array_equal(found['sequence'][1], expected)
 
 def test_seed_of_the_samples(model, tmp_path, monkeypatch):

@@ -870,7 +870,8 @@ def test_two_steps_by_hand(tmp_path):
         for step, row in enumerate(rows):
             random = training.generator_for(5, 1, step)
             images = toy_images().batch(order[4 * step:4 * step + 4], random)
-            parts = training.bound(model(images, torch.randn(3, 4, 3, generator=random)), images)
+            output = model(images, torch.randn(3, 4, 3, generator=random))
+            parts = training.bound(output, images, model.likelihood)
             model.zero_grad()
             (parts.reconstruction + (0.5, 1)[step] * parts.latent).mean().backward()
             length = sum(p.grad.square().sum() for p in model.parameters()).sqrt()

@@ -171,7 +171,7 @@ MUTATIONS = {
         ('another likelihood ignored', 'if likelihood is not None:', 'if False:'),
         ('another likelihood ignored in importance samples',
          'log_weights(output, images[chosen], model.likelihood)',
-         'log_weights(output, images[chosen])'),
+         'log_weights(output, images[chosen], None)'),
         ('last images left out', 'for chosen in index.split(rows):',
          'for chosen in index[:len(index) // rows * rows or None].split(rows):'),
         ('one noise for all importance samples', 'generator=generator, device=device).to(images)',

@@ -31,14 +31,14 @@ def kl_divergence(
     means: Tensor, # mu_t, shape (glimpses, batch, latent_size)
     log_deviations: Tensor, # log sigma_t, shape (glimpses, batch, latent_size)
 ) -> Tensor: # L^z_t in nats per image and step, shape (glimpses, batch)
-    "Eqs 10, 11 before the sum over steps: KL of the posterior from the standard normal prior"
+    "Eqs 10, 11 before the sum over steps: KL of q from the standard normal prior"
     dtype = torch.promote_types(means.dtype, torch.float32)
     means, log_deviations = means.to(dtype), log_deviations.to(dtype)
     return (means**2 + (2 * log_deviations).exp() - 2 * log_deviations - 1).sum(-1) / 2
 
 # %% ../nbs/20_loss.ipynb #8c9f291b
 class Bound(NamedTuple):
-    "An upper bound on -log p(x) and its parts, in nats per image, from one drawing"
+    "An upper bound on -log p(x) and its parts, in nats per image, from one draw"
     total: Tensor # L, shape (batch,)
     reconstruction: Tensor # L^x, shape (batch,)
     latent: Tensor # L^z, summed over steps, shape (batch,)

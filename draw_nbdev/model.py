@@ -111,10 +111,11 @@ PRESETS = {
 # %% ../nbs/14_model.ipynb #presetfn
 def preset(
     name: str, # One of `presets`
-    presets: dict = PRESETS, # Configurations by name
+    presets: dict | None = None, # Configurations by name; `PRESETS` if None
     **changes, # Fields to set differently
 ) -> DRAWConfig: # Or another configuration, if `presets` holds others
     "A row of Table 3, with changes; raises `ValueError` for an unknown name or field"
+    presets = PRESETS if presets is None else presets
     if name not in presets:
         raise ValueError(f'no preset {name!r}: choose one of {", ".join(presets)}')
     unknown = changes.keys() - {field.name for field in fields(presets[name])}

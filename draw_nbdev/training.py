@@ -70,6 +70,8 @@ class Task:
     network = DRAW # Class of the network
     score = 'bound' # The value on validation images that weights are chosen by; lower is better
 
+    def __repr__(self): return f'{type(self).__name__}()' # In signatures
+
     def start(self,
         config: DRAWConfig, # Sizes of the network
         train_set: Images, # Images to learn from

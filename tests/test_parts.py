@@ -8,7 +8,9 @@ from math import log, pi
 from typing import NamedTuple
 import pytest
 import torch
+from PIL import Image
 from torch import distributions, nn
+from draw_nbdev import cli, plots
 from draw_nbdev.attention import AttentiveRead, AttentiveWrite
 from draw_nbdev.classifier import NETWORKS, network_class, network_for
 from draw_nbdev.data import Images
@@ -226,6 +228,22 @@ def test_gaussian_by_hand():
     one = importance_weighted_bound(model, x, 1, torch.Generator().manual_seed(0))
     noise = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0)).double()
     torch.testing.assert_close(one, -log_weights(model(x, noise), x, model.likelihood))
+
+def test_images_of_canvases(parts, tmp_path):
+    "What is looked at is the mean of the network's likelihood, in 0..1; draw generate shows it"
+    canvases = 2 * torch.randn(4, 2, 3, 5, 7)
+    torch.testing.assert_close(DRAW(SMALL).images(canvases), canvases.sigmoid())
+    model = randomise(DRAW(SMALL, likelihood=Gaussian)).float()
+    assert torch.equal(model.images(canvases), canvases.clamp(0, 1))
+    parts['likelihood']['gaussian'] = Gaussian
+    named = DRAW(replace(SMALL, likelihood_part='gaussian'))
+    named.load_state_dict(model.state_dict())
+    named.save_pretrained(tmp_path / 'network')
+    cli.generate_command(str(tmp_path / 'network'), 4, None, tmp_path / 'drawing', 0)
+    finished = model.generate(4, None, torch.Generator().manual_seed(0)).canvases[-1]
+    expected = plots.image_grid(finished.clamp(0, 1), zoom=2)
+    shown = Image.open(tmp_path / 'drawing' / 'samples.png').convert('RGB')
+    assert shown.tobytes() == expected.tobytes()
 
 def test_start_of_another_likelihood():
     mean = torch.rand(3, 5, 7)

@@ -104,11 +104,11 @@ def glimpses_at(
     return full
 
 # %% ../nbs/60_options.ipynb #288b00cf
-MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, decay=0.4, average=0.9995, kl_warmup=0,
+MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, average=0.9995, kl_warmup=0,
                     precision='auto')
 READ = TrainOptions(learning_rate=2e-3, decay=0.4, average=0.9995, kl_warmup=0, clip_norm=1.0)
 RECIPES = {
-    'mnist': replace(MUON, epochs=200, growth=((16, 10), (32, 20))),
+    'mnist': replace(MUON, epochs=150),
     'mnist_no_attention': replace(MUON, epochs=80, growth=((16, 10), (32, 15))),
     'svhn': replace(MUON, epochs=50),
     'cifar10': replace(MUON, epochs=100, growth=((16, 10), (32, 20))),

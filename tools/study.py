@@ -25,6 +25,7 @@ ATTENTION = dict(attention=True, glimpses=16)
 RECIPE = replace(RECIPES['mnist'], epochs=3, growth=(), decay=0.01, precision='bf16', valid_images=5000) # Its first three epochs, at a constant rate
 ADAM = replace(RECIPE, optimizer='adam')
 STAGES = dict(growth=((16, 2), (32, 2)), epochs=6)
+FALLING = replace(RECIPE, epochs=18, decay=1., average=0.999) # A rate that falls from the first update to the last
 OUT = Path('results/study.json')
 SHOWN = 'epochs', 'learning_rate', 'batch_size', 'kl_warmup', 'clip_norm', 'average', 'precision' # Choices of the base that the file names
 
@@ -108,6 +109,7 @@ VARIANTS |= {
     'adam 3e-3, weight norm': ('weight normalisation', around(ADAM), ATTENTION, WeightNorm()),
     'muon, KL warm-up': ('KL warm-up with attention', around(RECIPE, kl_warmup=1000), ATTENTION, Task()),
     'T = 64 from the start': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), Task()), # in the time of three epochs at 16
+    '18 epochs at T = 64, falling rate': ('falling rate', around(FALLING), ATTENTION | dict(glimpses=64), Task()),
     'T = 64 from the start, 1 pixel': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), PIXEL),
 }
 

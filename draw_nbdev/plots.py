@@ -329,7 +329,7 @@ def learning_curves(
         raise ValueError("metrics hold no row whose split is 'train' or 'valid'")
     terms = 'valid' if len(rows['valid']) else 'train'
 
-    figure, (left, right) = _axes(2, 4.4)
+    figure, (left, right) = _axes(2, 3.5)
     dotted = dict(linewidth=1.8, marker='o', markersize=3.5)
     styles = dict(train=dict(linewidth=1, label='training'), valid=dict(dotted, label='validation'))
     for split, style in styles.items():

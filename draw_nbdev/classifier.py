@@ -344,7 +344,8 @@ def glimpse_grid(
     if windows is None:
         raise ValueError('the convolutional network sees the whole image at once: '
                          'it has no glimpses to draw')
-    glimpses = draw_windows(images, windows, model.config.read_size, zoom, READ_COLOR)
+    seen = windows._replace(variance=windows.variance.clamp(min=(2 / zoom)**2)) # Not too thin
+    glimpses = draw_windows(images, seen, model.config.read_size, zoom, READ_COLOR, clip=True)
     return image_grid(glimpses.transpose(0, 1).flatten(0, 1), columns=len(glimpses), pad=4)
 
 # %% ../nbs/28_classifier.ipynb #0d68ca45

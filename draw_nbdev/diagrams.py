@@ -234,6 +234,7 @@ def _panels(
     figure, axes = plt.subplot_mosaic(rows, figsize=(width, height), layout='constrained',
                                       facecolor='white', **options)
     plt.close(figure) # shown when returned, not once more at the end of the cell
+    figure.get_layout_engine().set(h_pad=0.1)
     for name, ax in axes.items():
         B, A = images[name].shape
         white, extent = (ranges or {}).get(name, 1), (0.5, A + 0.5, B + 0.5, 0.5)
@@ -251,14 +252,14 @@ def filter_grid(): # matplotlib Figure with the panels grid, digit, near, sharp 
                    blurred=_window(14, 15, 2.2, 1.5))
     colors = dict(near='#d55e00', sharp='#009e73', blurred='#56b4e9')
     images = dict(grid=digit * 0.4, digit=digit)
-    titles = dict(grid='3 x 3 filters', digit='one digit, 28 x 28',
+    titles = dict(grid='3 × 3 filters', digit='one digit, 28 × 28',
                   near='small $\\delta$, large $\\sigma$', sharp='large $\\delta$, small $\\sigma$',
                   blurred='both large')
     for name, window in windows.items():
         filter_y, filter_x = filters(window, 12, B, A)
         images[name] = read_patch(digit[None, None], filter_y, filter_x)[0, 0]
-    figure, axes = _panels([list(images)], images, titles, 10, 2.8,
-                           width_ratios=[1.3, 1.3, 1, 1, 1])
+    rows = (['grid'] * 3 + ['digit'] * 3, ['near', 'near', 'sharp', 'sharp', 'blurred', 'blurred'])
+    figure, axes = _panels(rows, images, titles, 6.4, 5.4, height_ratios=[1.4, 1])
     for name, window in windows.items():
         _frame(axes['digit'], window, 12, colors[name])
         delta, sigma = window.stride.item(), window.variance.item()**0.5
@@ -272,11 +273,12 @@ def filter_grid(): # matplotlib Figure with the panels grid, digit, near, sharp 
         for b in y: ax.add_patch(Circle((a, b), sigma, color=ink, alpha=0.55, linewidth=0))
     ax.plot(*np.meshgrid(x, y), '.', color='black', markersize=4)
     ax.plot([x[1], x[1], 0.5], [B + 0.5, y[1], y[1]], ':', color='white', linewidth=1.2)
-    ax.set_xticks([x[1]], ['$g_X$'])
-    ax.set_yticks([y[1]], ['$g_Y$'])
+    ax.set_xticks([x[1]], ['$g_X$'], fontsize=13)
+    ax.set_yticks([y[1]], ['$g_Y$'], fontsize=13)
     arrow = dict(arrowstyle='<->', color='white', shrinkA=0, shrinkB=0)
     ax.annotate('', (x[1], y[0] - 3), (x[2], y[0] - 3), arrowprops=arrow)
-    ax.text((x[1] + x[2]) / 2, y[0] - 4, '$\\delta$', color='white', ha='center', va='bottom')
+    ax.text((x[1] + x[2]) / 2, y[0] - 4, '$\\delta$', color='white', fontsize=14,
+            ha='center', va='bottom')
     return figure
 
 # %% ../nbs/71_diagrams.ipynb #59ce4cd0
@@ -293,11 +295,11 @@ def zoom(): # matplotlib Figure with the panels image, patch, back, first and la
     images = dict(image=photo, patch=patch[0, 0], back=write_patch(patch, filter_y, filter_x)[0, 0])
     for name, k in (('first', 0), ('last', -1)):
         images[name] = torch.outer(filter_y[0, k], filter_x[0, k])
-    titles = dict(image='image, 100 x 75', patch='patch, 12 x 12', back='patch put back',
-                  first='first of the 144 filters', last='last of the 144 filters')
+    titles = dict(image='image, 100 × 75', patch='patch, 12 × 12', back='patch put back',
+                  first='first of 144 filters', last='last of 144 filters')
     ranges = {name: images[name].max() for name in ('back', 'first', 'last')}
     rows = (['image', 'image', 'patch', 'patch', 'back', 'back'],
             ['.', 'first', 'first', 'last', 'last', '.'])
-    figure, axes = _panels(rows, images, titles, 9, 5, ranges)
+    figure, axes = _panels(rows, images, titles, 7, 4.4, ranges)
     for name in ('image', 'first', 'last'): _frame(axes[name], window, 12, '#00b050')
     return figure

@@ -72,7 +72,7 @@ def importance_weighted_bound(
     model: DRAW, # The network
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
     samples: int, # Number of importance samples per image, k
-    generator: torch.Generator | None = None, # Source of the noise; torch's global one if None
+    generator: 'torch.Generator | None' = None, # Source of the noise; torch's global one if None
     rows: int = 1000, # Images times samples in one pass: bounds the memory
     glimpses: int | None = None, # Steps; the configuration's if None
 ) -> Tensor: # L_k in nats per image, shape (batch,)

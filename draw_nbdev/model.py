@@ -409,7 +409,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
     def generate(self,
         count: int = 1, # Number of images
         glimpses: int | None = None, # Steps; the configuration's if None
-        generator: torch.Generator | None = None, # Source of z; torch's global one if None
+        generator: 'torch.Generator | None' = None, # Source of z; torch's global one if None
     ) -> Drawing: # `model.images(drawing.canvases[-1])` are the finished images
         "Eqs 13-16: draw from the prior, a fresh z at every step"
         shape = (glimpses or self.config.glimpses, count, self.config.latent_size)

@@ -38,7 +38,7 @@ def generator_for(
     seed: int, # Of the run
     stream: int, # Which purpose
     index: int, # Which epoch or update
-) -> torch.Generator: # On the CPU, so that every device gets the same numbers
+) -> 'torch.Generator': # On the CPU, so that every device gets the same numbers
     "The source of randomness for one purpose at one moment of a run"
     mixed = np.random.SeedSequence((seed, stream, index)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed[0]))
@@ -134,7 +134,7 @@ class Task:
 
 # %% ../nbs/22_training.ipynb #54c3d413
 def choose_precision(
-    precision: str, # As in `TrainOptions`
+    precision: str, # As in TrainOptions
 ) -> str: # Another word for it where it was 'auto'
     "bfloat16 where the hardware multiplies it, else float32; anything but 'auto' stays"
     if precision != 'auto': return precision

@@ -293,7 +293,8 @@ class ClassifyTask(Task):
         "Adam alone, or Muon for the one large matrix and Adam for the rest"
         recurrent = isinstance(model, DifferentiableRAM)
         stack = (model.lstm.gates.weight, 4) if recurrent else (model.hidden.weight, 1)
-        return make_optimizers(model, [stack], options.optimizer, options.learning_rate)
+        o = options
+        return make_optimizers(model, [stack], o.optimizer, o.learning_rate, o.weight_decay)
 
     def batch(self, data, indices, glimpses, config, random, share):
         "Images and their classes"

@@ -77,6 +77,7 @@ CHOICES = { # Name in `TrainOptions` -> type and help of an option
     'learning_rate': (float, 'Step size at its highest.'),
     'final_rate': (float, 'Share of the learning rate that is left at the end.'),
     'decay': (float, 'Share of the updates, the last ones, over which the learning rate falls.'),
+    'weight_decay': (float, 'Share of the large matrices, times the rate, lost in every update.'),
     'rate_warmup': (int, 'Updates over which the learning rate rises from zero.'),
     'clip_norm': (str, 'Largest norm of the gradient, or none for no limit.'),
     'average': (float, 'Decay of the moving average of the weights that is kept.'),

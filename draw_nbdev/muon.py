@@ -35,9 +35,10 @@ class Muon(torch.optim.Optimizer):
         stacks: list[tuple[nn.Parameter, int]], # Weights (parts * rows, columns), and their parts
         lr: float, # Step size, on Adam's scale
         momentum: float = 0.95, # Decay of the gradient's moving average, at least 0 and below 1
+        weight_decay: float = 0., # Share of the weights, times lr, that every step takes away
     ):
         groups = [{'params': [weight], 'parts': parts} for weight, parts in stacks]
-        super().__init__(groups, dict(lr=lr, momentum=momentum))
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,6 +53,7 @@ class Muon(torch.optim.Optimizer):
             average = self.state[weight]['average'].lerp_(weight.grad, 1 - momentum)
             ahead = weight.grad.lerp(average, momentum).unflatten(0, (group['parts'], -1))
             direction = orthogonalize(ahead).flatten(0, 1)
+            weight.mul_(1 - group['lr'] * group['weight_decay'])
             weight.add_(direction, alpha=-group['lr'] * 0.2 * sqrt(max(ahead.shape[1:])))
         return loss
 
@@ -61,9 +63,13 @@ def make_optimizers(
     stacks: list[tuple[nn.Parameter, int]], # Its matrices, and how many parts each is stacked of
     name: str, # 'adam', or 'muon' for the matrices and Adam for everything else
     lr: float, # Step size at its highest
+    weight_decay: float = 0., # Share of the matrices, times lr, that every step takes away
 ) -> list[torch.optim.Optimizer]:
     "The optimisers that share a network's parameters"
-    if name == 'adam': return [torch.optim.Adam(model.parameters(), lr=lr)]
-    matrices = {id(weight) for weight, _ in stacks}
-    rest = [p for p in model.parameters() if id(p) not in matrices]
-    return [torch.optim.Adam(rest, lr=lr), Muon(stacks, lr=lr)]
+    matrices = [weight for weight, _ in stacks]
+    rest = [p for p in model.parameters() if all(p is not weight for weight in matrices)]
+    if name == 'muon':
+        return [torch.optim.Adam(rest, lr=lr), Muon(stacks, lr=lr, weight_decay=weight_decay)]
+    if not weight_decay: return [torch.optim.Adam(model.parameters(), lr=lr)]
+    groups = {'params': matrices, 'weight_decay': weight_decay}, {'params': rest}
+    return [torch.optim.AdamW(groups, lr=lr, weight_decay=0.)]

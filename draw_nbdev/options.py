@@ -21,6 +21,7 @@ class TrainOptions:
     learning_rate: float = 1e-3 # Step size at its highest
     final_rate: float = 0.05 # Share of the learning rate that is left at the end
     decay: float = 1.0 # Share of the updates, the last ones, over which it falls
+    weight_decay: float = 0.0 # Share of the large matrices, times the rate, lost in every update
     rate_warmup: int = 100 # Updates over which the learning rate rises from zero
     kl_warmup: int = 500 # Updates over which the weight of L^z rises from zero to one; 0 for none
     clip_norm: float | None = 10.0 # Largest norm of the whole gradient; None: no limit
@@ -55,6 +56,9 @@ def check_options(
     for name, limit in BELOW.items():
         if not 0 < given.get(name, limit / 2) < limit:
             raise ValueError(f'{name} must be above 0 and below {limit:g}, got {given[name]}')
+    if not 0 <= o.weight_decay * o.learning_rate < 1:
+        raise ValueError('weight_decay must be at least 0 and below 1 / learning_rate, '
+                         f'got {o.weight_decay}')
     if not 0 < o.decay <= 1: raise ValueError(f'decay must be above 0 and at most 1, got {o.decay}')
     if o.seed >= 2**63: raise ValueError(f'seed must be below 2^63, got {o.seed}')
     if not 0 <= o.average < 1:
@@ -104,8 +108,8 @@ def glimpses_at(
     return full
 
 # %% ../nbs/60_options.ipynb #288b00cf
-MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, average=0.9995, kl_warmup=0,
-                    precision='auto')
+MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, weight_decay=0.1, average=0.9995,
+                    kl_warmup=0, precision='auto')
 READ = TrainOptions(learning_rate=2e-3, decay=0.4, average=0.9995, kl_warmup=0, clip_norm=1.0)
 RECIPES = {
     'mnist': replace(MUON, epochs=150),

@@ -86,7 +86,8 @@ class Task:
         "What changes the weights: Adam alone, or Muon for the matrices and Adam for the rest"
         cells = [cell for cell in (model.encoder, model.decoder) if isinstance(cell, LSTMCell)]
         stacks = [*((cell.gates.weight, 4) for cell in cells), (model.posterior.weight, 2)]
-        return make_optimizers(model, stacks, options.optimizer, options.learning_rate)
+        o = options
+        return make_optimizers(model, stacks, o.optimizer, o.learning_rate, o.weight_decay)
 
     def batch(self,
         data: Images, # Images to learn from

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 from draw_nbdev import muon
+from draw_nbdev.classifier import ClassifyTask, DifferentiableRAM, RAMConfig
+from draw_nbdev.model import DRAW, DRAWConfig
 from draw_nbdev.muon import Muon, make_optimizers, orthogonalize
+from draw_nbdev.options import TrainOptions
+from draw_nbdev.training import Task
 
 @pytest.fixture(autouse=True)
 def single_precision(monkeypatch):
@@ -34,11 +38,11 @@ def test_orthogonalize(shape):
 
 @pytest.mark.parametrize('parts', [1, 4])
 def test_three_updates(parts):
-    "Average, look ahead, one matrix for each gate, and a step by the longer of its sides"
+    "Average, look ahead, one matrix for each gate, decay, and a step by the longer of its sides"
     random = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(8, 6, generator=random).double())
     expected, average = weight.detach().numpy().copy(), np.zeros((8, 6))
-    optimizer = Muon([(weight, parts)], lr=0.5, momentum=0.75)
+    optimizer = Muon([(weight, parts)], lr=0.5, momentum=0.75, weight_decay=0.5)
     for rate in (0.5, 0.25, 0.125):
         weight.grad = torch.randn(8, 6, generator=random).double()
         gradient = weight.grad.numpy().copy()
@@ -46,6 +50,7 @@ def test_three_updates(parts):
         optimizer.step()
         average = 0.75 * average + 0.25 * gradient
         ahead = 0.25 * gradient + 0.75 * average
+        expected *= 1 - 0.5 * rate
         for part in np.split(np.arange(8), parts):
             longer = max(len(part), 6)
             expected[part] -= rate * 0.2 * np.sqrt(longer) * orthogonal_by_hand(ahead[part])
@@ -55,6 +60,22 @@ def test_weights_without_gradient_stay():
     weight = nn.Parameter(torch.ones(2, 3))
     Muon([(weight, 1)], lr=1.).step()
     assert weight.eq(1).all()
+
+@pytest.mark.parametrize('name', ['adam', 'muon'])
+def test_weight_decay_of_a_run(name):
+    "Matrices of both kinds of network lose their share, and nothing else does"
+    options = TrainOptions(optimizer=name, learning_rate=0.5, weight_decay=0.5)
+    reader = DifferentiableRAM(RAMConfig(glimpses=2, hidden_size=4, read_size=2))
+    drawer = DRAW(DRAWConfig(glimpses=2, hidden_size=4, latent_size=2))
+    for task, model, count in ((Task(), drawer, 3), (ClassifyTask(DifferentiableRAM), reader, 1)):
+        before = [p.detach().clone() for p in model.parameters()]
+        for optimizer in task.optimizers(model, options):
+            for p in model.parameters(): p.grad = torch.zeros_like(p)
+            optimizer.step()
+        shrunk = [not torch.equal(p, b) for p, b in zip(model.parameters(), before)]
+        assert sum(shrunk) == count
+        for p, b, moved in zip(model.parameters(), before, shrunk):
+            if moved: torch.testing.assert_close(p, 0.75 * b)
 
 @pytest.mark.parametrize('name', ['adam', 'muon'])
 def test_every_weight_has_one_optimiser(name):

@@ -99,8 +99,8 @@ def test_commands_of_any_run(network, changes, record):
 
 OPTIONS = dict(
     batch_size=50, optimizer='adam', learning_rate=0.25, final_rate=0.5, decay=0.125, rate_warmup=7,
-    kl_warmup=9, clip_norm=3.5, every_glimpse=True, average=0.75, precision='fp16', valid_images=11,
-    save_every=13, seed=17,
+    kl_warmup=9, weight_decay=0.25, clip_norm=3.5, every_glimpse=True, average=0.75,
+    precision='fp16', valid_images=11, save_every=13, seed=17,
 )
 SIZES = dict(hidden_size=21, latent_size=22, read_size=23, write_size=24, layer_norm=True)
 

@@ -110,6 +110,7 @@ VARIANTS |= {
     'muon, KL warm-up': ('KL warm-up with attention', around(RECIPE, kl_warmup=1000), ATTENTION, Task()),
     'T = 64 from the start': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), Task()), # in the time of three epochs at 16
     '18 epochs at T = 64, falling rate': ('falling rate', around(FALLING), ATTENTION | dict(glimpses=64), Task()),
+    '18 epochs at T = 64, falling rate, weight decay': ('falling rate', around(FALLING, weight_decay=0.1), ATTENTION | dict(glimpses=64), Task()),
     'T = 64 from the start, 1 pixel': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), PIXEL),
 }
 

@@ -118,7 +118,7 @@ RECIPES = {
     'cifar10': replace(MUON, epochs=100, growth=((16, 10), (32, 20))),
     'two_digits': replace(MUON, epochs=100),
     'cluttered_4': replace(READ, epochs=230),
-    'cluttered_8': replace(READ, epochs=400, growth=((4, 100),), learning_rate=1.5e-3),
+    'cluttered_8': replace(READ, epochs=300, growth=((4, 60),), learning_rate=1.5e-3, decay=1.),
     'cluttered_convolutional': TrainOptions(epochs=280, kl_warmup=0, clip_norm=1.0),
 }
 

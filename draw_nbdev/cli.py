@@ -476,11 +476,11 @@ def generate_command(
     remove_partial(out)
     size = c.write_size if c.attention else None
     few, more = drawing.first(8), drawing.first(36)
-    course, film = network.images(few.canvases), network.images(more.canvases)
+    course = network.images(more.canvases)
     plots.save(plots.image_grid(network.images(drawing.canvases[-1]), zoom=2), out / 'samples.png')
-    plots.save(plots.sequence_grid(course, few.windows, size), out / 'sequence.png')
+    plots.save(plots.sequence_grid(course[:, :8], few.windows, size), out / 'sequence.png')
     films = ['drawing.gif'] + ['drawing.mp4'] * plots.can_write_mp4()
-    for name in films: plots.animation(film, out / name, more.windows, size)
+    for film in films: plots.animation(course, out / film, more.windows, size)
     for name in ('samples.png', 'sequence.png', *films): typer.echo(out / name)
 
 # %% ../nbs/40_cli.ipynb #0d0a10b0

@@ -22,7 +22,7 @@ from draw_nbdev.training import Task, machine, train
 
 BASE = TrainOptions(epochs=3, learning_rate=1.5e-3, precision='bf16')
 ATTENTION = dict(attention=True, glimpses=16)
-RECIPE = replace(RECIPES['mnist'], epochs=3, growth=(), decay=0.01, weight_decay=0., precision='bf16', valid_images=5000) # Its first three epochs, at a constant rate
+RECIPE = replace(RECIPES['mnist'], epochs=3, growth=(), decay=0.01, weight_decay=0., precision='bf16', valid_images=5000) # Its optimiser and first window, for three epochs at 16 steps and a constant rate
 ADAM = replace(RECIPE, optimizer='adam')
 STAGES = dict(growth=((16, 2), (32, 2)), epochs=6)
 FALLING = replace(RECIPE, epochs=18, decay=1., average=0.999) # A rate that falls from the first update to the last

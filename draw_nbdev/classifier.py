@@ -282,8 +282,9 @@ class ClassifyTask(Task):
     def __init__(self,
         network: type[nn.Module], # `DifferentiableRAM` or `Convolutional`
         every_glimpse: bool = False, # Mean of the losses after all glimpses; not in the paper
+        limit: float | None = 64, # On gradients that go back through time, see `DifferentiableRAM`
     ):
-        self.network, self.every_glimpse = network, every_glimpse
+        self.network, self.every_glimpse, self.limit = network, every_glimpse, limit
 
     def start(self, config, train_set):
         "The network with fresh weights"
@@ -308,7 +309,7 @@ class ClassifyTask(Task):
     def loss(self, model, batch, glimpses):
         "Mean cross-entropy in nats; to be shown, cross-entropy and error after the last glimpse"
         images, labels = batch
-        output = model(images, glimpses, limit=4)
+        output = model(images, glimpses, limit=self.limit)
         losses = cross_entropy(output.logits, labels, reduction='none')
         loss, wrong = losses.mean(), output.logits.argmax(1) != labels
         if self.every_glimpse:

@@ -110,15 +110,15 @@ def glimpses_at(
 # %% ../nbs/60_options.ipynb #288b00cf
 MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, weight_decay=0.1, average=0.9995,
                     kl_warmup=0, precision='auto')
-READ = TrainOptions(learning_rate=2e-3, decay=0.4, average=0.9995, kl_warmup=0, clip_norm=1.0)
+READ = replace(MUON, epochs=180, learning_rate=1e-3, clip_norm=1.0)
 RECIPES = {
     'mnist': replace(MUON, epochs=150),
     'mnist_no_attention': replace(MUON, epochs=80, growth=((16, 10), (32, 15))),
     'svhn': replace(MUON, epochs=50),
     'cifar10': replace(MUON, epochs=100, growth=((16, 10), (32, 20))),
     'two_digits': replace(MUON, epochs=100),
-    'cluttered_4': replace(READ, epochs=230),
-    'cluttered_8': replace(READ, epochs=300, growth=((4, 60),), learning_rate=1.5e-3, decay=1.),
+    'cluttered_4': READ,
+    'cluttered_8': READ,
     'cluttered_convolutional': TrainOptions(epochs=280, kl_warmup=0, clip_norm=1.0),
 }
 

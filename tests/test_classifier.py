@@ -124,6 +124,15 @@ def test_limit_in_the_network():
     assert torch.equal(free['classes.weight'], narrow['classes.weight'])
     assert narrow['initial_state'].norm() < 0.1 * free['initial_state'].norm()
 
+def test_limit_of_a_task():
+    "A task hands its limit to the network"
+    def gradient(limit):
+        model, data = random_network(), pictures()
+        task = ClassifyTask(DifferentiableRAM, limit=limit)
+        task.loss(model, (data.batch(range(7)).double(), data.labels), None)[0].backward()
+        return model.initial_state.grad.norm()
+    assert gradient(1e-3) < 0.1 * gradient(None) and gradient(1e9) == gradient(None)
+
 @pytest.mark.parametrize('every', [False, True])
 def test_loss(every):
     "Of the last glimpse, or the mean over all of them; what is logged is that of the last"

@@ -180,37 +180,47 @@ def finished(out, kind='bound', **more):
     return history
 
 def test_record(record, tmp_path):
-    "The chosen epoch's values, hours for seconds, the whole curve; the test set only if asked for"
+    "The chosen epoch's values, hours for seconds, the whole curve, and nothing of the test set"
     history = finished(tmp_path)
-    with mock.patch.object(record, 'find', side_effect=AssertionError('the test set')):
-        result = record.record(tmp_path, 'mnist', None)
+    with mock.patch('draw_nbdev.data_sets.find', side_effect=AssertionError('a data set')):
+        result = record.record(tmp_path, 'mnist')
     assert result['hours'] == 0.5 and result['cpu_hours'] == 2 and result['seed'] == 9
     assert (result['epochs'], result['valid_bound'], result['valid_bound_se']) == (2, 3., .3)
     assert result['checksums'] == {'train': '0a', 'valid': '0b'} and 'test_bound' not in result
     assert [point['bound'] for point in result['curve']] == [5., 3., 4.]
     assert result['config'] == history['config'] and result['options']['epochs'] == 3
 
-@pytest.mark.parametrize('kind, outcome', [('bound', OUTCOME), ('error', ERROR)])
-def test_record_of_test_images(kind, outcome, record, tmp_path):
-    "Five seeds and as many importance samples as asked for; or an error"
-    finished(tmp_path, kind)
-    seen = []
-    def measured(*arguments, **more):
-        seen.append((arguments, more))
+@pytest.mark.parametrize('kind, name, outcome', [
+    ('bound', 'mnist', OUTCOME), ('bound', 'two_digits', OUTCOME), ('error', 'cluttered_4', ERROR)])
+def test_use_of_the_test_set(kind, name, outcome, record, tool, tmp_path):
+    """The packaged weights are measured, whose run was recorded: an error; or a bound with 5 seeds
+    and 50 importance samples, of the fixed binarisation with 500 too"""
+    tool, seen = tool('use_test_set'), []
+    finished(tmp_path / name, kind)
+    (tmp_path / name / 'training.json').write_bytes(
+        (tmp_path / name / 'best/training.json').read_bytes())
+    result = record.record(tmp_path / name, name)
+    test_set = SimpleNamespace(name='mnist_fixed' if name == 'mnist' else name)
+    def measured(model, data, **more):
+        seen.append((model, data, more))
         return outcome
-    test_set = SimpleNamespace(checksum='0c')
-    with mock.patch.multiple(record, find=lambda *given: seen.append(given) or test_set,
-                             evaluate=measured, classification_error=measured,
-                             load_classifier=lambda run: run):
-        result = record.record(tmp_path, 'mnist' if kind == 'bound' else 'cluttered_4', 7)
-    assert seen[0] == (result['data'], 'test') and seen[1][0][1] is test_set
-    assert seen[1][1] == (dict(seeds=5, samples=7) if kind == 'bound' else {})
-    assert result['checksums']['test'] == '0c' and result['test'] == asdict(outcome)
-    assert result[f'test_{kind}'] == getattr(outcome, kind)
-    assert result[f'test_{kind}_se'] == getattr(outcome, f'{kind}_se')
-    if kind == 'bound':
-        assert result['test_bound_spread'] == .25
-        assert (result['iw_bound'], result['iw_bound_se'], result['iw_k']) == (89., 2., 7)
+    with mock.patch.multiple(tool, PRETRAINED=tmp_path, evaluate=measured,
+                             classification_error=measured,
+                             load_classifier=lambda packaged: packaged,
+                             DRAW=SimpleNamespace(from_pretrained=lambda packaged: packaged)):
+        values = tool.tested(result, test_set)
+        for key, other in (('epochs', 1), ('options', {}), (f'valid_{kind}', 4.)):
+            with pytest.raises(ValueError, match='come from different runs'):
+                tool.tested({**result, key: other}, test_set)
+    assert all(part[:2] == (name, test_set) for part in seen)
+    assert values['test'] == asdict(outcome) and values[f'test_{kind}'] == getattr(outcome, kind)
+    assert values[f'test_{kind}_se'] == getattr(outcome, f'{kind}_se')
+    if kind == 'error': return
+    first = [dict(seeds=5, samples=k, limit=1000) for k in (50, 500)] if name == 'mnist' else []
+    assert [part[2] for part in seen] == [dict(seeds=5, samples=50), *first]
+    assert values['test_first'] == [asdict(outcome)] * len(first)
+    assert values['test_bound_spread'] == .25
+    assert (values['iw_bound'], values['iw_bound_se'], values['iw_k']) == (89., 2., 50)
 
 def test_the_same_run_again(tool, tmp_path):
     "Both values, the largest distance between the curves; another command is refused"

@@ -21,7 +21,7 @@ def trained(
     first: dict, # The result
 ) -> dict: # Part of a row
     "What a training came to the first time and now; raises `ValueError` for a run with other options"
-    second = record(folder, name, None)
+    second = record(folder, name)
     if second['command'] != first['command']: raise ValueError(f'{folder} was made with: {second["command"]}, and {name} with: {first["command"]}')
     score = 'error' if 'valid_error' in first else 'bound'
     curves = [[row[score] for row in r['curve']] for r in (first, second)]

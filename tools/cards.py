@@ -2,7 +2,7 @@
 
     python tools/cards.py
 
-Everything on a card is read from the folder's training.json and from results/NAME.json. Run it after tools/package.py and after tools/record.py."""
+Everything on a card is read from the folder's training.json and from results/NAME.json. Run it after tools/package.py and after tools/use_test_set.py."""
 import json
 from pathlib import Path
 from huggingface_hub import ModelCardData

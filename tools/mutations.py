@@ -581,6 +581,7 @@ MUTATIONS = {
         ('loss of the last glimpse only', 'if self.every_glimpse: loss', 'if False: loss'),
         ('labels of other glimpses', 'labels.repeat(len(output.every))',
          'labels.repeat_interleave(len(output.every))'),
+        ('limit of a task ignored', 'limit=self.limit', 'limit=None'),
         ('gradients without limit', '.clamp(max=1) return measure', '\n    return measure'),
         ('every option but this arrives',
          'ClassifyTask(network_for(config), options.every_glimpse)',

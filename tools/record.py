@@ -1,20 +1,17 @@
 """Write down what came out of a finished run: results/NAME.json.
 
-    python tools/record.py RUN NAME                 the run's own history and its validation curve
-    python tools/record.py RUN NAME --test          the same, and the test set: the error of a classifier, or
-                                                    the bound of a DRAW network with 5 seeds and 50 importance samples
+    python tools/record.py RUN NAME        the run's own history and its validation curve
 
 Values of a DRAW network are in nats per image, errors of a classifier are shares between 0 and 1.
-The test set is for weights that were chosen on validation images, and is used once."""
+The test values come from tools/use_test_set.py."""
 import argparse, json
 from dataclasses import asdict
 from pathlib import Path
 import torch
-from draw_nbdev.classifier import CLASSIFIERS, classification_error, load_classifier
-from draw_nbdev.data_sets import DATA_SETS, find
-from draw_nbdev.evaluation import evaluate
+from draw_nbdev.classifier import CLASSIFIERS
+from draw_nbdev.data_sets import DATA_SETS
 from draw_nbdev.files import write_text
-from draw_nbdev.model import DRAW, PRESETS
+from draw_nbdev.model import PRESETS
 from draw_nbdev.options import TrainOptions, recipe, with_epochs
 from draw_nbdev.checkpoints import read_metrics
 from draw_nbdev.training import machine
@@ -50,43 +47,29 @@ def flags_for(recorded, config, sizes, network, kind, chosen):
 def record(
     run: Path, # Folder of the run
     name: str, # What the result is called
-    samples: int | None, # Importance samples for the test set, which a classifier has no use for, or None to leave the test set alone
 ) -> dict: # The outcome
-    "History, validation curve and, if asked for, test values of a run"
+    "History and validation curve of a run"
     history = json.loads((run / 'best/training.json').read_text(encoding='utf-8'))
     score, others = ('error', ('cross_entropy',)) if 'valid_error' in history else ('bound', ('reconstruction', 'latent'))
     rows = [row for row in read_metrics(run) if row['split'] == 'valid']
     unpacked = run / 'unpacked.json'
     chosen = next(row for row in rows if row['epoch'] + 1 == history['epochs'])
-    result = {'name': name, 'data': history['data']['name'], 'data_note': history['data']['note'],
-              'checksums': {k: history['data'][k] for k in ('train', 'valid')},
-              'seed': history['options']['seed'], 'epochs': history['epochs'],
-              'cpu_hours': history['cpu_seconds'] / 3600, 'hours': history['seconds'] / 3600,
-              **{f'valid_{key}': chosen[key] for key in (score, f'{score}_se', *others)},
-              **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
-              'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
-              **machine(torch.device('cpu')), 'segments': history.get('segments', []),
-              **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py
-              'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
-    if samples is None: return result
-    test_set = find(history['data']['name'], 'test')
-    result['checksums']['test'] = test_set.checksum
-    if score == 'error':
-        test = classification_error(load_classifier(run), test_set)
-        result.update(test_error=test.error, test_error_se=test.error_se, test_images=test.images, test=asdict(test))
-    else:
-        test = evaluate(DRAW.from_pretrained(run), test_set, seeds=5, samples=samples)
-        result.update(test_bound=test.bound, test_bound_se=test.bound_se, test_bound_spread=test.bound_spread,
-                      iw_bound=test.iw_bound, iw_bound_se=test.iw_bound_se, iw_k=samples, test=asdict(test))
-    return result
+    return {'name': name, 'data': history['data']['name'], 'data_note': history['data']['note'],
+            'checksums': {k: history['data'][k] for k in ('train', 'valid')},
+            'seed': history['options']['seed'], 'epochs': history['epochs'],
+            'cpu_hours': history['cpu_seconds'] / 3600, 'hours': history['seconds'] / 3600,
+            **{f'valid_{key}': chosen[key] for key in (score, f'{score}_se', *others)},
+            **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
+            'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
+            **machine(torch.device('cpu')), 'segments': history.get('segments', []),
+            **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py
+            'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('run', type=Path)
     parser.add_argument('name')
-    parser.add_argument('--test', type=int, nargs='?', const=50, metavar='K',
-                        help='use the test set; for a DRAW network with K importance samples, 50 if not given')
     arguments = parser.parse_args()
     out = Path('results') / f'{arguments.name}.json'
-    write_text(out, json.dumps(record(arguments.run, arguments.name, arguments.test), indent=1) + '\n')
+    write_text(out, json.dumps(record(arguments.run, arguments.name), indent=1) + '\n')
     print(out)

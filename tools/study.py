@@ -4,15 +4,15 @@
 
 MNIST on the fixed binarisation without attention, 8 glimpses, three epochs; one choice at a time differs from the base. The last rows are the network with
 attention at 16 glimpses: three seeds, and the choices that may matter more there; then the recipe of `draw train mnist`, its first window, optimisers,
-rates, clipping, and its stages beside those of the recipe before it; last a classifier. Rows named with --only are run and replace those of the same name in the
-file. About three hours of one core; the test images are not used."""
+rates, clipping, and its stages beside those of the recipe before it; last classifiers. Rows named with --only are run and replace those of the same name in the
+file. About four hours of one core; the test images are not used."""
 import argparse, json, subprocess, sys
 from dataclasses import replace
 from math import log
 from pathlib import Path
 import torch
 from torch import nn
-from draw_nbdev.classifier import CLASSIFIERS, train_classifier
+from draw_nbdev.classifier import CLASSIFIERS, ClassifyTask, DifferentiableRAM
 from draw_nbdev.data_sets import find
 from draw_nbdev.files import write_text
 from draw_nbdev.model import DRAW, DRAWConfig, preset
@@ -115,10 +115,16 @@ VARIANTS |= {
 }
 
 READING = TrainOptions(epochs=12, learning_rate=2e-3, kl_warmup=0, clip_norm=1.0, decay=0.4, valid_images=5000)
-VARIANTS |= {f'classifier, {name}': ('classifier', around(READING, **options), {}, None) for name, options in { # cluttered MNIST, four glimpses
+SEARCHING = replace(RECIPES['cluttered_8'], epochs=8, decay=0.01, weight_decay=0., optimizer='adam', precision='bf16', valid_images=5000) # Eight glimpses at a constant rate
+
+def reading(limit, every=False): return ClassifyTask(DifferentiableRAM, every, limit)
+
+VARIANTS |= {f'classifier, {name}': ('classifier', around(READING, **options), {}, reading(4, options.get('every_glimpse', False))) for name, options in { # cluttered MNIST, four glimpses
     'adam 2e-3': {}, 'adam 4e-3': dict(learning_rate=4e-3), 'adam 2e-3, every glimpse': dict(every_glimpse=True),
     'muon 5e-4': dict(optimizer='muon', learning_rate=5e-4), 'muon 3e-3': dict(optimizer='muon', learning_rate=3e-3),
     'muon 3e-3, every glimpse': dict(optimizer='muon', learning_rate=3e-3, every_glimpse=True)}.items()}
+VARIANTS |= {f'{optimizer}, limit {limit or "none"}': ('gradients through time', around(SEARCHING, optimizer=optimizer), dict(glimpses=8), reading(limit))
+             for optimizer, limits in (('adam', (4, 16, 64, None)), ('muon', (4, 64))) for limit in limits}
 
 def run(
     name: str, # In `VARIANTS`
@@ -127,10 +133,11 @@ def run(
     "Train, or read what is there"
     part, options, sizes, task = VARIANTS[name]
     folder, options = out / ''.join(c if c.isalnum() else '_' for c in name), replace(BASE, **options)
-    data, score, other = ('cluttered_mnist', 'error', 'cross_entropy') if part == 'classifier' else ('mnist_fixed', 'bound', 'latent')
+    classifies = isinstance(task, ClassifyTask)
+    data, score, other = ('cluttered_mnist', 'error', 'cross_entropy') if classifies else ('mnist_fixed', 'bound', 'latent')
+    config = CLASSIFIERS['cluttered_4'] if classifies else preset('mnist_no_attention', glimpses=8)
     train_set, valid_set = (find(data, split) for split in ('train', 'valid'))
-    if part == 'classifier': train_classifier(CLASSIFIERS['cluttered_4'], train_set, valid_set, folder, options)
-    else: train(replace(preset('mnist_no_attention', glimpses=8), **sizes), train_set, valid_set, folder, options, task)
+    train(replace(config, **sizes), train_set, valid_set, folder, options, task)
     rows = [row for row in read_metrics(folder) if row['split'] == 'valid']
     return {'name': name, 'part': part, 'changes': VARIANTS[name][1] | sizes, **{f'valid_{key}': rows[-1][key] for key in (score, f'{score}_se', other)},
             'images': options.valid_images or len(valid_set), 'epochs': rows[-1]['epoch'] + 1, 'cpu_seconds': rows[-1]['cpu_seconds'],

@@ -282,7 +282,7 @@ class ClassifyTask(Task):
     def __init__(self,
         network: type[nn.Module], # `DifferentiableRAM` or `Convolutional`
         every_glimpse: bool = False, # Mean of the losses after all glimpses; not in the paper
-        limit: float | None = 64, # Of gradients going back, as a multiple of the loss's own; None: none
+        limit: float | None = 64, # Of gradients going back, in multiples of the loss's own
     ):
         self.network, self.every_glimpse, self.limit = network, every_glimpse, limit
 

@@ -20,6 +20,7 @@ from torch import Tensor, distributions, nn
 from .attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
 from .files import reraise_as
 from .filterbank import Window
+from .compiled import compiled_scan
 from .scan import fits, fused_scan
 
 # %% ../nbs/14_model.ipynb #cb8085e8
@@ -340,15 +341,15 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
 
     def __init__(self,
         config: DRAWConfig, # Sizes, from a preset or made by hand
-        scan: str = 'fused', # What `forward` runs: 'fused', or 'reference', which is `steps`
+        scan: str = 'fused', # What `forward` runs: 'fused', 'compiled', or 'reference': `steps`
         read: nn.Module | Callable | None = None, # Part that reads, or its factory; see `PARTS`
         write: nn.Module | Callable | None = None, # Part that writes, or its factory
         cell: Callable | None = None, # Factory of the recurrent networks
         likelihood: nn.Module | Callable | None = None, # From canvas to pixels, or its factory
     ):
         super().__init__()
-        if scan not in ('fused', 'reference'):
-            raise ValueError(f'no scan {scan!r}: choose fused or reference')
+        if scan not in ('fused', 'compiled', 'reference'):
+            raise ValueError(f'no scan {scan!r}: choose fused, compiled or reference')
         c = name_parts(config, read=read, write=write, cell=cell, likelihood=likelihood)
         self.config, self.scan = c, scan
         self.read, self.write = make_part('read', read, c), make_part('write', write, c)
@@ -385,8 +386,9 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
     ) -> DRAWOutput:
         "Eqs 3-8 for t = 1..T"
         noise = self.check_or_draw_noise(images, noise, glimpses)
-        if self.scan == 'fused' and fits(self, images, noise):
-            return DRAWOutput(*fused_scan(self, images, noise))
+        if self.scan != 'reference' and fits(self, images, noise):
+            scan = compiled_scan if self.scan == 'compiled' else fused_scan
+            return DRAWOutput(*scan(self, images, noise))
         steps = list(self.steps(images, noise))
         means = torch.stack([step.mean for step in steps])
         log_deviations = torch.stack([step.log_deviation for step in steps])

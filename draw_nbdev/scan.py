@@ -333,7 +333,7 @@ def make_grid(
     like: Tensor, # Gives dtype and device
 ) -> Grid:
     "Limits of u, the linear map from u to all mu and -k, the pixels"
-    scale, shift = fold_window(s, like)
+    scale, shift = fold_window(s, like.dtype, like.device)
     reach = scale.abs() * like.new_tensor(2 * LIMITS)[ORDER]
     count = s.read + s.write
     M = torch.zeros(8, 4, count) # u -> mu_Y, mu_X, -k, -k of the filters of both windows

@@ -8,7 +8,7 @@ __all__ = ['ORDER', 'onednn_works', 'fast_linear', 'Product', 'weight_gradient',
 
 # %% ../nbs/65_scan_weights.ipynb #f54b9fb5
 from functools import lru_cache
-from math import log
+from math import inf, log
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
@@ -136,17 +136,20 @@ def fold_read(
 # %% ../nbs/65_scan_weights.ipynb #b60aaee0
 ORDER = [0, 1, 5, 6, 2, 3, 7, 8, 4, 9] # The five numbers of both windows, read and write, mixed
 
+@lru_cache(64)
 def fold_window(
     s: Sizes, # Of the network
-    like: Tensor, # Gives dtype and device
+    dtype: torch.dtype, # Of the network
+    device: torch.device, # Of the network
 ) -> tuple[Tensor, Tensor]: # Factor and summand for each of the ten numbers, both of shape (10,)
     "What Eqs 22-24 do to the numbers in `ORDER`, before `exp` where there is one"
     x, y, longest = (s.width + 1) / 2, (s.height + 1) / 2, max(s.width, s.height) - 1
-    strides = like.new_tensor([longest / max(N - 1, 1) for N in (s.read, s.write)])
-    scale = like.new_tensor([x, y, x, y, -1, 1, -1, 1, 1, -1])
-    shift = like.new_tensor([x, y, x, y, -log(2), 0, -log(2), 0, 0, 0])
-    shift[[5, 7]] = strides.log()
-    return scale, shift
+    strides = [longest / max(N - 1, 1) for N in (s.read, s.write)]
+    read, write = (log(stride) if stride else -inf for stride in strides)
+    scale = [x, y, x, y, -1, 1, -1, 1, 1, -1]
+    shift = [x, y, x, y, -log(2), read, -log(2), write, 0, 0]
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(v, dtype=dtype, device=device) for v in (scale, shift))
 
 # %% ../nbs/65_scan_weights.ipynb #c9f6e306
 def fold_write(
@@ -159,9 +162,10 @@ def fold_write(
 
     g_X, g_Y (read), g_X, g_Y (write), log k, log delta (read), log k, log delta (write),
     log gamma, -log gamma^, patch"""
-    w = torch.cat([read.weight, window.weight])[ORDER]
-    b = torch.cat([read.bias, window.bias])[ORDER]
-    scale, shift = fold_window(s, w)
+    both = [part for cut in (slice(0, 2), slice(2, 4), slice(4, 5)) # in `ORDER`
+            for part in ((layer.weight[cut], layer.bias[cut]) for layer in (read, window))]
+    w, b = (torch.cat(parts) for parts in zip(*both))
+    scale, shift = fold_window(s, w.dtype, w.device)
     patch_weight = rows_first(patch.weight, s.channels, s.write, s.write)
     patch_bias = rows_first(patch.bias, s.channels, s.write, s.write)
     return torch.cat([scale[:, None] * w, patch_weight]), torch.cat([scale * b + shift, patch_bias])

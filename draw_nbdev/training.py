@@ -25,8 +25,10 @@ from . import __version__
 from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_state,
                                     open_run, save_state, save_weights, take_lock)
 from .data import Images
+from .compiled import can_compile
 from .evaluation import evaluate
 from .files import remove_partial, write_json
+from .graph import Captured, prepared
 from .loss import bound
 from .model import DRAW, DRAWConfig, LSTMCell
 from .muon import make_optimizers
@@ -156,6 +158,14 @@ def start_accelerator(
         raise ValueError(f'a batch of {options.batch_size} does not divide '
                          f'among {accelerator.num_processes} processes')
     return accelerator
+
+# %% ../nbs/22_training.ipynb #f40bf24e
+def can_capture(
+    accelerator: Accelerator, # Of this process
+) -> bool:
+    "Whether an update can be recorded as a CUDA graph: one process, no scaled loss"
+    a = accelerator
+    return a.device.type == 'cuda' and a.num_processes == 1 and a.scaler is None
 
 # %% ../nbs/22_training.ipynb #6449b0d1
 def machine(
@@ -323,6 +333,8 @@ def train(
     with take_lock(out, accelerator):
         torch.manual_seed(options.seed)
         model = task.start(config, train_set).to(accelerator.device)
+        if can_compile(accelerator.device) and getattr(model, 'scan', None) == 'fused':
+            model.scan = 'compiled'
         averaged = AveragedModel(model, multi_avg_fn=moving_average(options.average))
         model, *optimizers = accelerator.prepare(model, *task.optimizers(model, options))
         progress = load_state(accelerator, averaged, out) or dict(NOTHING_DONE)
@@ -332,21 +344,30 @@ def train(
         description['segments'] = next_segments(before, options, progress, accelerator)
         record = Record(out, accelerator, averaged, options, description, progress)
 
-        for step in updates_left(progress['step'], total, accelerator.is_main_process):
+        def make_batch(step):
             epoch, place = divmod(step, per_epoch)
-            T = glimpses_at(options, epoch, config.glimpses)
             order = epoch_order(options.seed, epoch, len(train_set))
             indices = order[place * options.batch_size:(place + 1) * options.batch_size]
             share = slice(accelerator.process_index, None, accelerator.num_processes)
+            T = glimpses_at(options, epoch, config.glimpses)
             random = generator_for(options.seed, 1, step)
-            batch = task.batch(train_set, indices, T, config, random, share)
-            batch = [part.to(accelerator.device) for part in batch]
-            weights = task.weights(options, step)
-            for optimizer in optimizers: set_rate(optimizer, learning_rate(options, step, total))
+            return task.batch(train_set, indices, T, config, random, share)
 
+        def learn(batch, T, weights):
+            batch = [part.to(accelerator.device) for part in batch]
             loss, values = task.loss(model, batch, T, **weights)
             model.zero_grad()
             accelerator.backward(loss)
+            return {name: value.detach() for name, value in values.items()}
+
+        if can_capture(accelerator): learn = Captured(learn)
+        steps = updates_left(progress['step'], total, accelerator.is_main_process)
+        for step, batch in prepared(make_batch, steps, accelerator.device):
+            epoch, place = divmod(step, per_epoch)
+            T, weights = glimpses_at(options, epoch, config.glimpses), task.weights(options, step)
+            for optimizer in optimizers: set_rate(optimizer, learning_rate(options, step, total))
+
+            values = learn(batch, T, weights)
             norm = accelerator.clip_grad_norm_(model.parameters(), options.clip_norm or inf)
             for optimizer in optimizers: optimizer.step()
             averaged.update_parameters(accelerator.unwrap_model(model))

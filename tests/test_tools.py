@@ -174,7 +174,9 @@ def finished(out, kind='bound', **more):
         'options': asdict(TrainOptions(epochs=3, seed=9)), 'epochs': 2, 'glimpses': 3,
         f'valid_{kind}': 3., 'seconds': 1800., 'cpu_seconds': 7200., 'version': '1.2.3',
         'data': {'name': 'mnist_fixed' if kind == 'bound' else 'cluttered_mnist',
-                 'note': 'a note', 'train': '0a', 'valid': '0b'}, **more}
+                 'note': 'a note', 'train': '0a', 'valid': '0b'},
+        'segments': [{'from_step': step, 'hardware': name, 'software': 'torch'}
+                     for step, name in ((0, 'a CPU'), (5, 'a GPU'))], **more}
     (out / 'best/training.json').write_text(json.dumps(history))
     (out / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     return history
@@ -189,6 +191,7 @@ def test_record(record, tmp_path):
     assert result['checksums'] == {'train': '0a', 'valid': '0b'} and 'test_bound' not in result
     assert [point['bound'] for point in result['curve']] == [5., 3., 4.]
     assert result['config'] == history['config'] and result['options']['epochs'] == 3
+    assert result['hardware'] == 'a GPU' and result['segments'] == history['segments']
 
 @pytest.mark.parametrize('kind, name, outcome', [
     ('bound', 'mnist', OUTCOME), ('bound', 'two_digits', OUTCOME), ('error', 'cluttered_4', ERROR)])

@@ -7,14 +7,12 @@ The test values come from tools/use_test_set.py."""
 import argparse, json
 from dataclasses import asdict
 from pathlib import Path
-import torch
 from draw_nbdev.classifier import CLASSIFIERS
 from draw_nbdev.data_sets import DATA_SETS
 from draw_nbdev.files import write_text
 from draw_nbdev.model import PRESETS
 from draw_nbdev.options import TrainOptions, recipe, with_epochs
 from draw_nbdev.checkpoints import read_metrics
-from draw_nbdev.training import machine
 
 def command(
     history: dict, # As training.json holds it: config, options, data
@@ -52,7 +50,7 @@ def record(
     history = json.loads((run / 'best/training.json').read_text(encoding='utf-8'))
     score, others = ('error', ('cross_entropy',)) if 'valid_error' in history else ('bound', ('reconstruction', 'latent'))
     rows = [row for row in read_metrics(run) if row['split'] == 'valid']
-    unpacked = run / 'unpacked.json'
+    unpacked, segments = run / 'unpacked.json', history['segments']
     chosen = next(row for row in rows if row['epoch'] + 1 == history['epochs'])
     return {'name': name, 'data': history['data']['name'], 'data_note': history['data']['note'],
             'checksums': {k: history['data'][k] for k in ('train', 'valid')},
@@ -61,7 +59,7 @@ def record(
             **{f'valid_{key}': chosen[key] for key in (score, f'{score}_se', *others)},
             **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
             'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
-            **machine(torch.device('cpu')), 'segments': history.get('segments', []),
+            **{key: segments[-1][key] for key in ('hardware', 'software')}, 'segments': segments,
             **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py
             'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
 

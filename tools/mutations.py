@@ -25,6 +25,8 @@ TESTS = { # Of each module, quick ones first; its notebook comes after them
     'scan_weights': ['test_mistakes.py', 'test_scan.py'],
     'options': ['test_options.py', 'test_tools.py'],
     'muon': ['test_muon.py'],
+    'compiled': ['test_graph.py'],
+    'graph': ['test_graph.py'],
     'training': [
         'test_mistakes.py -k "training or test_set or shuffling or order"',
         'test_training.py -k by_hand', 'test_training.py -k "of_a_stage or of_the or time"',
@@ -50,6 +52,7 @@ FORM = '[:, None, None, None]'
 FRESH = 'torch.randn(shape, dtype=dtype, device=images.device)'
 PRIOR = 'torch.randn(shape, generator=generator, device=device)'
 NOISE = 'torch.randn(glimpses, len(indices), config.latent_size, generator=random)'
+AVERAGE = 'update_average(averaged, accelerator.unwrap_model(model), options.average)'
 EVALUATION_NOISE = (
     'torch.randn(glimpses, len(images), model.config.latent_size, generator=generator)')
 
@@ -425,7 +428,7 @@ MUTATIONS = {
         ('one stride for both windows', 'for N in (s.read, s.write)', 'for N in (s.read, s.read)'),
         ('windows mixed up', '[0, 1, 5, 6, 2, 3, 7, 8, 4, 9]', '[0, 1, 5, 6, 7, 8, 2, 3, 4, 9]'),
         ('gamma multiplied in write', '-1, 1, -1, 1, 1, -1]', '-1, 1, -1, 1, 1, 1]'),
-        ('variance without its half', '-log(2), 0, -log(2), 0, 0, 0]', '0, 0, 0, 0, 0, 0]'),
+        ('variance without its half', '-log(2), read, -log(2), write', '0, read, 0, write'),
         ('bias of the windows not scaled', 'scale * b + shift', 'b + shift'),
         ('channels not side by side', '.transpose(0, 1).flatten(0, 2)', '.flatten(0, 2)'),
         ('private operators not tried out',
@@ -473,6 +476,39 @@ MUTATIONS = {
         ('decay with Adam forgotten', "{'params': matrices, 'weight_decay': weight_decay}",
          "{'params': matrices}"),
     ],
+    'compiled': [
+        ('canvas not squashed', 'sigma = torch.sigmoid(canvas)', 'sigma = canvas'),
+        ('rows for columns', 'g_x, g_y, _, _, k, delta, _, _, gamma, _ = windows',
+         'g_y, g_x, _, _, k, delta, _, _, gamma, _ = windows'),
+        ('written where it reads', '_, _, g_x, g_y, _, _, k, delta, _, inverse_gamma = windows',
+         'g_x, g_y, _, _, k, delta, _, _, _, inverse_gamma = windows'),
+        ('no limits', 'torch.minimum(torch.maximum(out[:, :10], low), high)', 'out[:, :10]'),
+        ('read without intensity', ' * gamma[:, None]', ''),
+        ('written without intensity', 'out[:, 10:] * inverse_gamma[:, None]', 'out[:, 10:]'),
+        ('image forgotten', 'if gates_of_x is not None: pre_enc = pre_enc + gates_of_x', ''),
+        ('canvas without error', 'd_canvas + d_looked', 'd_canvas'),
+        ('read window without error', 'd_out = d_out + back(d_canvas)[0]',
+         'd_out = back(d_canvas)[0]'),
+        ('decoder unread', 'd_h_dec + d_read, d_c_dec', 'd_h_dec, d_c_dec'),
+        ('latents without loss', 'd_z = d_z + d_latent', ''),
+        ('posterior without loss', 'd_posterior + torch.cat(', 'torch.cat('),
+        ('steps the wrong way round', 'torch.cat(d_outputs[::-1])', 'torch.cat(d_outputs)'),
+        ('first window unlearned',
+         'out = out[0] + d_out.t() @ states[0][4], out[1] + d_out.sum(0)', 'pass'),
+        ('first state without window', 'd_h_dec = d_h_dec + d_out @ p.out_weight', 'pass'),
+        ('holds what it returns', 'states[-1] = None, *states[-1][1:]', 'pass'),
+        ('full precision', 'half or x.dtype', 'x.dtype'),
+        ('images without gradient', 'or images.requires_grad', ''),
+        ('no layer norm', 'or model.config.layer_norm', ''),
+        ('compiled to evaluate', 'not torch.is_grad_enabled() or', ''),
+        ('no compiler', ' and any(map(shutil.which, known))', ''),
+    ],
+    'graph': [
+        ('out of order', 'waiting.pop(0)', 'waiting.pop()'),
+        ('last batch lost', 'for step, batch in waiting: yield step, batch.result()', 'pass'),
+        ('nothing ahead', 'if len(waiting) == 1: continue', ''),
+        ('threads for a processor', "if device.type != 'cuda':", 'if False:'),
+    ],
     'training': [
         ('weight decay not handed on', 'o.learning_rate, o.weight_decay)', 'o.learning_rate)'),
         ('rate never set', "for group in optimizer.param_groups: group['lr'] = rate", 'pass'),
@@ -499,13 +535,12 @@ MUTATIONS = {
          'order[place:place + options.batch_size]'),
         ('number of validation images ignored', 'self.averaged.module, self.options.valid_images',
          'self.averaged.module, None'),
-        ('weights without average', 'averaged.update_parameters(accelerator.unwrap_model(model))',
+        ('weights without average', AVERAGE,
          'averaged.module.load_state_dict(accelerator.unwrap_model(model).state_dict())'),
-        ('average never updated', 'averaged.update_parameters(accelerator.unwrap_model(model))',
-         'pass'),
+        ('average never updated', AVERAGE, 'pass'),
         ('the worst weights', "score < progress['best']:", "score > progress['best']:"),
-        ('average of the first updates', '(1 + count.item()) / (10 + count.item())',
-         '(10 + count.item()) / (11 + count.item())'),
+        ('average of the first updates', '(1 + count) / (10 + count)', '(10 + count) / (11 + count)'),
+        ('the first update forgotten', ' if count else 1', ''),
         ('CPU time of one process', "reduce(cpu, 'sum')", "reduce(cpu, 'mean')"),
         ('CPU time of the last start', 'cpu = self.cpu_before + self.accelerator',
          'cpu = self.accelerator'),

@@ -39,6 +39,7 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('name')
     file = Path('results') / f'{parser.parse_args().name}.json'
+    if not file.is_file(): parser.error(f'there is no {file}: tools/record.py writes it')
     result = json.loads(file.read_text(encoding='utf-8'))
     test_set = find(result['data'], 'test')
     result['checksums']['test'] = test_set.checksum

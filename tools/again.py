@@ -52,7 +52,8 @@ def again(
     "The same number twice, and where the second comes from"
     first = json.loads(Path(f'results/{name}.json').read_text(encoding='utf-8'))
     part = (evaluated if (folder / 'evaluation.json').is_file() else trained)(folder, name, first)
-    return {'name': name, **part, **{key: [first[key], value] for key, value in machine(torch.device('cpu')).items()}}
+    made = first if 'epochs' in part else first | first.get('tested_on', {}) # trained on one machine, evaluated on another
+    return {'name': name, **part, **{key: [made[key], value] for key, value in machine(torch.device('cpu')).items()}}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

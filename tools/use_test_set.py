@@ -8,11 +8,13 @@ Weights are chosen on validation images; after this nothing is chosen any more."
 import argparse, json
 from dataclasses import asdict
 from pathlib import Path
+import torch
 from draw_nbdev.classifier import classification_error, load_classifier
 from draw_nbdev.data_sets import find
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.files import write_text
 from draw_nbdev.model import DRAW, PRETRAINED
+from draw_nbdev.training import machine
 
 FEW, MANY = 50, 500 # Importance samples for all images, and for the first ones
 FIRST = 1000 # Images that are evaluated with many
@@ -43,5 +45,6 @@ if __name__ == '__main__':
     result = json.loads(file.read_text(encoding='utf-8'))
     test_set = find(result['data'], 'test')
     result['checksums']['test'] = test_set.checksum
-    write_text(file, json.dumps(result | tested(result, test_set), indent=1) + '\n')
+    made = tested(result, test_set) | {'tested_on': machine(torch.device('cpu'))}
+    write_text(file, json.dumps(result | made, indent=1) + '\n')
     print(file)

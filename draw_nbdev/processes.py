@@ -30,6 +30,9 @@ def process_count(
     if asked is not None:
         if asked < 1 or batch_size % asked:
             raise ValueError(f'a batch of {batch_size} does not divide among {asked} processes')
+        if torch.accelerator.is_available() and asked > (gpus := torch.accelerator.device_count()):
+            raise ValueError(f'{asked} processes need as many GPUs, and here are {gpus}: leave '
+                             '--processes out, or hide the GPUs with CUDA_VISIBLE_DEVICES=')
         return asked
     if torch.accelerator.is_available(): return 1
     counts = range(2, min(torch.get_num_threads(), batch_size // LEAST) + 1)

@@ -5,6 +5,8 @@ import pytest
 os.environ.setdefault('MPLBACKEND', 'Agg') # Figures are drawn into memory, wherever the tests run
 # Small tensors: more threads only wait for each other, the more so beside other processes
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# A GPU computes other last digits: only test_graph.py asks for one, in a process of its own
+if 'DRAW_TEST_GPU' not in os.environ: os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 @pytest.fixture
 def fused_calls(monkeypatch):

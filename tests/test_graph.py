@@ -1,7 +1,7 @@
 """Compiled and captured: what a GPU trains with
 
-The steps run as they are written where nothing else is said, since a compiler takes its time. What
-needs a GPU is skipped where there is none.
+The steps run as they are written where nothing else is said, since a compiler takes its time. With
+a GPU: DRAW_TEST_GPU=1 pytest tests/test_graph.py
 """
 import gc, shutil, threading, time, warnings, weakref
 from dataclasses import replace
@@ -17,7 +17,8 @@ from draw_nbdev.scan import fused_scan
 SMALL = DRAWConfig(height=5, width=7, channels=3, glimpses=3, hidden_size=6, latent_size=3,
                    read_size=2, write_size=4)
 WHOLE = replace(SMALL, attention=False)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(),
+                               reason='needs a GPU and DRAW_TEST_GPU=1')
 
 @pytest.fixture
 def as_written(monkeypatch): monkeypatch.setattr(module, 'compiled', lambda step: step)
@@ -184,5 +185,5 @@ def test_what_waits_for_a_result_runs_uncaptured():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         found = Captured(waits)(batch, 3, {'kl_weight': 1.})
-    assert 'cannot be recorded' in str(caught[0].message)
+    assert any('cannot be recorded' in str(warning.message) for warning in caught)
     torch.testing.assert_close(found, learn(batch, 3, {'kl_weight': 1.}))

@@ -12,22 +12,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from torch.func import vjp
-from .filterbank import LIMITS
+from .filterbank import filterbank
 from .scan import autocast_dtype, fused_scan
-from .scan_weights import ORDER, Sizes, Weights, fold, fold_window, sizes
-
-# %% ../nbs/68_compiled.ipynb #f040a7ec
-@lru_cache(64)
-def window_limits(
-    s: Sizes, # Of the network
-    dtype: torch.dtype, # Of the network
-    device: torch.device, # Of the network
-) -> tuple[Tensor, Tensor]: # Least and largest u, both of shape (10,)
-    "How far the windows' numbers may go"
-    scale, shift = fold_window(s, dtype, device)
-    with torch.inference_mode(False):
-        reach = scale.abs() * torch.tensor(2 * LIMITS, dtype=dtype, device=device)[ORDER]
-        return shift - reach, shift + reach
+from .scan_weights import Sizes, Weights, fold, sizes, window_limits
 
 # %% ../nbs/68_compiled.ipynb #6e3247be
 def windows(
@@ -38,20 +25,6 @@ def windows(
     low, high = limits
     u = torch.minimum(torch.maximum(out[:, :10], low), high)
     return [*u[:, :4].unbind(1), *u[:, 4:].exp().unbind(1)]
-
-# %% ../nbs/68_compiled.ipynb #1c027ca8
-def filters(
-    center: Tensor, # Of the grid on this axis, in pixels from 1, shape (batch,)
-    stride: Tensor, # Delta, in pixels, shape (batch,)
-    k: Tensor, # 1 / (2 sigma^2), shape (batch,)
-    size: int, # Number of filters, N
-    length: int, # Pixels along this axis
-) -> Tensor: # Shape (batch, size, length)
-    "Eqs 19, 20, 25, 26"
-    offset = torch.arange(size, device=center.device) - (size - 1) / 2
-    pixel = torch.arange(1, length + 1, device=center.device)
-    mu = center[:, None] + offset * stride[:, None]
-    return torch.softmax(-k[:, None, None] * (pixel - mu[:, :, None])**2, -1)
 
 # %% ../nbs/68_compiled.ipynb #e859f507
 def product(
@@ -73,8 +46,8 @@ def look(
     sigma = torch.sigmoid(canvas)
     if limits is None: return sigma.flatten(1)
     g_x, g_y, _, _, k, delta, _, _, gamma, _ = windows(out, limits)
-    F_Y = filters(g_y, delta, k, s.read, s.height)
-    F_X = filters(g_x, delta, k, s.read, s.width)
+    F_Y = filterbank(g_y, delta, 0.5 / k, s.read, s.height)
+    F_X = filterbank(g_x, delta, 0.5 / k, s.read, s.width)
     half = product(F_Y, torch.cat([x, sigma], 2)).view(len(x), -1, s.width)
     return product(half, F_X.mT).flatten(1) * gamma[:, None]
 
@@ -87,8 +60,8 @@ def stamp(
     "What Eq. 8 adds to the canvas"
     if limits is None: return out.view(len(out), s.height, -1)
     _, _, g_x, g_y, _, _, k, delta, _, inverse_gamma = windows(out, limits)
-    F_Y = filters(g_y, delta, k, s.write, s.height)
-    F_X = filters(g_x, delta, k, s.write, s.width)
+    F_Y = filterbank(g_y, delta, 0.5 / k, s.write, s.height)
+    F_X = filterbank(g_x, delta, 0.5 / k, s.write, s.width)
     w = (out[:, 10:] * inverse_gamma[:, None]).view(len(out), -1, s.write)
     return product(F_Y.mT, product(w, F_X).view(len(out), s.write, -1))
 
@@ -181,7 +154,7 @@ def can_compile(
 def compiled(
     step, # `forward_step` or `backward_step`
 ): # The same, compiled for every combination of sizes that it meets
-    "What runs a step; it takes the compiler some ten seconds at the first call"
+    "What runs a step; the first call takes the compiler seconds to half a minute"
     return torch.compile(step, dynamic=False)
 
 # %% ../nbs/68_compiled.ipynb #434a6116

@@ -15,9 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from .filterbank import LIMITS
-from .scan_weights import ORDER, Product, Sizes, Weights, fold, fold_window
-from .scan_weights import sizes, weight_gradient
+from .scan_weights import Product, Sizes, Weights, fold, sizes, weight_gradient
+from .scan_weights import window_limits
 
 # %% ../nbs/66_scan.ipynb #46a3a433
 @dataclass(slots=True)
@@ -333,8 +332,6 @@ def make_grid(
     like: Tensor, # Gives dtype and device
 ) -> Grid:
     "Limits of u, the linear map from u to all mu and -k, the pixels"
-    scale, shift = fold_window(s, like.dtype, like.device)
-    reach = scale.abs() * like.new_tensor(2 * LIMITS)[ORDER]
     count = s.read + s.write
     M = torch.zeros(8, 4, count) # u -> mu_Y, mu_X, -k, -k of the filters of both windows
     windows = (slice(s.read), 0, 4, s.read), (slice(s.read, count), 2, 6, s.write)
@@ -344,7 +341,7 @@ def make_grid(
         M[k, 2:, filters] = -1
     back = M * torch.tensor([-2., -2., 1., 1.])[:, None]
     pixels = [torch.arange(1, length + 1).to(like) for length in s.lengths]
-    return Grid(shift - reach, shift + reach, M.flatten(1).to(like),
+    return Grid(*window_limits(s, like.dtype, like.device), M.flatten(1).to(like),
                 back.flatten(1).t().to(like).contiguous(), pixels)
 
 # %% ../nbs/66_scan.ipynb #534a3b7f

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'onednn_works', 'fast_linear', 'Product', 'weight_gradient', 'Sizes', 'sizes', 'rows_first', 'fold_read',
-           'fold_window', 'fold_write', 'Weights', 'stack_norm', 'fold']
+           'fold_window', 'window_limits', 'fold_write', 'Weights', 'stack_norm', 'fold']
 
 # %% ../nbs/65_scan_weights.ipynb #f54b9fb5
 from functools import lru_cache
@@ -12,6 +12,7 @@ from math import inf, log
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
+from .filterbank import LIMITS
 
 # %% ../nbs/65_scan_weights.ipynb #0e7a3f04
 @lru_cache(None)
@@ -150,6 +151,19 @@ def fold_window(
     shift = [x, y, x, y, -log(2), read, -log(2), write, 0, 0]
     with torch.inference_mode(False):
         return tuple(torch.tensor(v, dtype=dtype, device=device) for v in (scale, shift))
+
+# %% ../nbs/65_scan_weights.ipynb #998fe103
+@lru_cache(64)
+def window_limits(
+    s: Sizes, # Of the network
+    dtype: torch.dtype, # Of the network
+    device: torch.device, # Of the network
+) -> tuple[Tensor, Tensor]: # Least and largest u, both of shape (10,)
+    "How far the windows' numbers may go"
+    scale, shift = fold_window(s, dtype, device)
+    with torch.inference_mode(False):
+        reach = scale.abs() * torch.tensor(2 * LIMITS, dtype=dtype, device=device)[ORDER]
+        return shift - reach, shift + reach
 
 # %% ../nbs/65_scan_weights.ipynb #c9f6e306
 def fold_write(

@@ -28,6 +28,8 @@ def card(
     home = 'model' if network == 'DRAW' else 'classifier'
     rows = [f'| validation | {factor * history[f"valid_{kind}"]:.2f}{unit} |']
     if f'test_{kind}' in result: rows.append(f'| test | {factor * result[f"test_{kind}"]:.2f} ± {factor * result[f"test_{kind}_se"]:.2f}{unit} |')
+    gpus = [s['hardware'] for s in history.get('segments', []) if 'NVIDIA' in s.get('hardware', '')]
+    time = f'{history["seconds"] / 3600:.2f} hours on {gpus[-1]}' if gpus else f'{history["cpu_seconds"] / 3600:.2f} CPU hours'
     again = f'; the same again with `{result["command"]}`' if result else ''
     if len(history.get('segments', [])) > 1: again += ', though these weights were not made in one go (training.json has the segments)'
     sizes = ', '.join(f'{key} {value}' for key, value in history['config'].items() if value is not None)
@@ -50,7 +52,7 @@ network = {network}.from_pretrained('{name}')
 
 - **Network**: {sizes}.
 - **Data**: {history["data"]["name"]}: {history["data"]["note"]}. Checksum of the training images: {history["data"]["train"]}.
-- **Training**: {history["epochs"]} epochs, {history["cpu_seconds"] / 3600:.2f} CPU hours, seed {history["options"]["seed"]}{again}.
+- **Training**: {history["epochs"]} epochs, {time}, seed {history["options"]["seed"]}{again}.
 - **Precision of the stored weights**: {"half" if history["half_precision"]["used"] else "single"}.
 """
 

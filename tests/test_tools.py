@@ -297,6 +297,17 @@ def test_half_precision_of_packaged_weights(cost, halved, tool, tmp_path, monkey
     for name, value in DRAW.from_pretrained(tmp_path / 'run').state_dict().items():
         torch.testing.assert_close(loaded[name].float(), value, rtol=1e-3, atol=1e-4)
 
+@pytest.mark.parametrize('name, network', [
+    ('mnist', 'mnist'), ('mnist_150_epochs', 'mnist'), ('svhn_sample', 'svhn'),
+    ('mnist_no_attention', 'mnist_no_attention'), ('mnist_no_attention_2', 'mnist_no_attention')])
+def test_experiment_of_packaged_weights(name, network, tool):
+    "A network can be packaged more than once, with an ending after its name"
+    assert tool('package').experiment_for(name).name == network
+
+def test_packaged_weights_of_no_experiment(tool):
+    with pytest.raises(ValueError, match="^'mnits' does not begin with the name of a network: .*mnist"):
+        tool('package').experiment_for('mnits')
+
 
 # ---- the study
 

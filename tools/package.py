@@ -1,6 +1,7 @@
 """Put the weights of a run into the package: draw_nbdev/pretrained/NAME.
 
-    python tools/package.py RUN NAME       NAME as in draw_nbdev.reproduce.EXPERIMENTS: mnist, cluttered_8, svhn_sample, ...
+    python tools/package.py RUN NAME       NAME as in draw_nbdev.reproduce.EXPERIMENTS: mnist, cluttered_8, svhn_sample, ...,
+                                           or with an ending: mnist_150_epochs
 
 Weights are stored in half precision where that moves the value on validation images by less than the limits below, else as they are.
 The curve of the run goes along, thinned, and a model card (tools/cards.py)."""
@@ -13,7 +14,7 @@ from draw_nbdev.data_sets import find
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.files import write_json, write_text
 from draw_nbdev.model import DRAW, PRETRAINED, DRAWConfig
-from draw_nbdev.reproduce import EXPERIMENTS
+from draw_nbdev.reproduce import EXPERIMENTS, Experiment
 from draw_nbdev.checkpoints import read_metrics, save_weights
 
 LIMITS = {'bound': 0.02, 'error': 0.0005} # What half precision may cost, in nats per image and as a share of images
@@ -32,12 +33,20 @@ def thinned(rows: list[dict]) -> list[dict]: # At most about `POINTS` of trainin
     def short(value): return float(f'{value:.6g}') if isinstance(value, float) else value
     return [{key: short(value) for key, value in row.items() if key != 'kl_per_step'} for row in sorted(means + valid, key=lambda row: row['step'])]
 
+def experiment_for(
+    name: str, # Of packaged weights
+) -> Experiment: # The longest name that it begins with, so that a network can have several trainings
+    "What the network is for; raises `ValueError` where it is none of the paper's"
+    begun = [e for e in EXPERIMENTS.values() if name.startswith(e.weights or e.name)]
+    if not begun: raise ValueError(f'{name!r} does not begin with the name of a network: {", ".join(e.weights or e.name for e in EXPERIMENTS.values())}')
+    return max(begun, key=lambda e: len(e.weights or e.name))
+
 def package(
     run: Path, # Folder of a run
     name: str, # Of the packaged weights
 ):
     "Copy, halve where that does no harm, and say what it cost"
-    experiment = next(e for e in EXPERIMENTS.values() if name == (e.weights or e.name))
+    experiment = experiment_for(name)
     kind, load = ('bound', DRAW.from_pretrained) if isinstance(experiment.full.config, DRAWConfig) else ('error', load_classifier)
     model, valid, out = load(run), find(experiment.data, 'valid'), PRETRAINED / name
     history = json.loads((run / 'best/training.json').read_text(encoding='utf-8'))
@@ -59,6 +68,7 @@ def package(
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('run', type=Path)
-    parser.add_argument('name', choices=[e.weights or e.name for e in EXPERIMENTS.values()])
+    parser.add_argument('name')
     arguments = parser.parse_args()
-    package(arguments.run, arguments.name)
+    try: package(arguments.run, arguments.name)
+    except ValueError as error: parser.error(str(error))

@@ -305,7 +305,8 @@ def test_experiment_of_packaged_weights(name, network, tool):
     assert tool('package').experiment_for(name).name == network
 
 def test_packaged_weights_of_no_experiment(tool):
-    with pytest.raises(ValueError, match="^'mnits' does not begin with the name of a network: .*mnist"):
+    refusal = "^'mnits' does not begin with the name of a network: .*mnist"
+    with pytest.raises(ValueError, match=refusal):
         tool('package').experiment_for('mnits')
 
 

@@ -28,10 +28,11 @@ def card(
     home = 'model' if network == 'DRAW' else 'classifier'
     rows = [f'| validation | {factor * history[f"valid_{kind}"]:.2f}{unit} |']
     if f'test_{kind}' in result: rows.append(f'| test | {factor * result[f"test_{kind}"]:.2f} ± {factor * result[f"test_{kind}_se"]:.2f}{unit} |')
+    elif result: rows.append('| test | not used yet |')
     machines = list(dict.fromkeys(s['hardware'] for s in history.get('segments', []) if 'hardware' in s))
     on_gpu = any('NVIDIA' in machine for machine in machines) # where CPU hours say nothing
     time = f'{history["seconds"] / 3600:.2f} hours on {" and ".join(machines)}' if on_gpu else f'{history["cpu_seconds"] / 3600:.2f} CPU hours'
-    again = f'; the same again with `{result["command"]}`' if result else ''
+    again = f'; the nearest command is `{result["command"]}`' if result else ''
     if len(history.get('segments', [])) > 1: again += ', though these weights were not made in one go (training.json has the segments)'
     sizes = ', '.join(f'{key} {value}' for key, value in history['config'].items() if value is not None)
     return f"""---

@@ -37,9 +37,10 @@ def experiment_for(
     name: str, # Of packaged weights
 ) -> Experiment: # The longest name that it begins with, so that a network can have several trainings
     "What the network is for; raises `ValueError` where it is none of the paper's"
-    begun = [e for e in EXPERIMENTS.values() if name.startswith(e.weights or e.name)]
-    if not begun: raise ValueError(f'{name!r} does not begin with the name of a network: {", ".join(e.weights or e.name for e in EXPERIMENTS.values())}')
-    return max(begun, key=lambda e: len(e.weights or e.name))
+    named = {e.weights or e.name: e for e in EXPERIMENTS.values()}
+    begun = [known for known in named if name.startswith(known)]
+    if not begun: raise ValueError(f'{name!r} does not begin with the name of a network: {", ".join(named)}')
+    return named[max(begun, key=len)]
 
 def package(
     run: Path, # Folder of a run

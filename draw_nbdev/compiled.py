@@ -68,8 +68,8 @@ def stamp(
 # %% ../nbs/68_compiled.ipynb #cd3fd3f8
 def lstm(
     pre: Tensor, # Gates before activation, shape (batch, 4 * hidden)
-    cell: Tensor, # c_{t-1}, shape (batch, hidden)
-) -> tuple[Tensor, Tensor]: # h_t and c_t, both of shape (batch, hidden)
+    cell: Tensor, # s_{t-1}, shape (batch, hidden)
+) -> tuple[Tensor, Tensor]: # h_t and s_t, both of shape (batch, hidden)
     "One step of an LSTM"
     i, f, g, o = pre.to(cell.dtype).chunk(4, 1)
     cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)

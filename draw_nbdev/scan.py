@@ -34,8 +34,8 @@ class Gates:
 @dataclass(slots=True)
 class LSTMStep(Gates):
     "What one step of an LSTM leaves"
-    cell: Tensor # c_t, shape (batch, hidden)
-    tanh: Tensor # Of c_t, or of its layer norm, shape (batch, hidden)
+    cell: Tensor # s_t, shape (batch, hidden)
+    tanh: Tensor # Of s_t, or of its layer norm, shape (batch, hidden)
     norm: list[Tensor] | None = None # The layer norm's mean and 1 / deviation, shape (batch, 1)
 
 # %% ../nbs/66_scan.ipynb #2c63047e
@@ -291,7 +291,7 @@ def lstm(
 # %% ../nbs/66_scan.ipynb #7d7e293e
 def lstm_backward(
     d_h: Tensor, # Shape (batch, hidden)
-    d_cell: Tensor, # Of c_t as later steps sent it; becomes that of c_{t-1}; shape (batch, hidden)
+    d_cell: Tensor, # Of s_t as later steps sent it; becomes that of s_{t-1}; shape (batch, hidden)
     before: LSTMStep, # Views of step t - 1
     now: LSTMStep, # Views of step t
     d: Gates, # Views of gradients: `gates`, before activation, are written

@@ -146,9 +146,11 @@ def differences(
     here: dict, # Another one
 ) -> list[str]: # Such as 'options.seed 1 there, 0 here'
     "What keeps a run from going on under another description"
-    free = 'options.epochs', 'options.precision'
+    free = {'options.epochs', 'options.precision'}
     there, here = ({f'{part}.{name}': value for part in ('config', 'options', 'data')
-                    for name, value in run[part].items()} for run in (there, here))
+                    for name, value in run[part].items()} | {'task': run.get('task')}
+                   for run in (there, here))
+    free |= {name for name in ('task', 'data.levels', 'data.kind') if there.get(name) is None}
     names = sorted(name for name in there.keys() | here.keys() if name not in free)
     return [f'{name} {str(there.get(name))[:99]} there, {here.get(name)} here'
             for name in names if there.get(name) != here.get(name)]

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from .attention import filters, read_patch
 from .data import Images
+from .evaluation import evaluating
 from .files import reraise_as
 from .filterbank import Window, attention_window
 from .model import (DRAW, LSTMCell, Pretrained, check_sizes, find_weights,
@@ -263,12 +264,13 @@ def classification_error(
     count, device = min(limit or len(data), len(data)), next(model.parameters()).device
     wrong, losses = [], []
     starts = range(0, count, rows)
-    for start in tqdm(starts, disable=None, leave=False, desc=f'{data.name} {data.split}'):
-        indices = torch.arange(start, min(start + rows, count))
-        images, labels = data.batch_with_labels(indices, torch.Generator().manual_seed(start))
-        logits, labels = model(images.to(device), glimpses).logits, labels.to(device)
-        wrong.append(logits.argmax(1) != labels)
-        losses.append(cross_entropy(logits, labels, reduction='none'))
+    with evaluating(model):
+        for start in tqdm(starts, disable=None, leave=False, desc=f'{data.name} {data.split}'):
+            indices = torch.arange(start, min(start + rows, count))
+            images, labels = data.batch_with_labels(indices, torch.Generator().manual_seed(start))
+            logits, labels = model(images.to(device), glimpses).logits, labels.to(device)
+            wrong.append(logits.argmax(1) != labels)
+            losses.append(cross_entropy(logits, labels, reduction='none'))
     error = torch.cat(wrong).double().mean().item()
     error_se, loss = (error * (1 - error) / count)**0.5, torch.cat(losses).double().mean().item()
     return Classification(data.name, data.split, data.note, count,

@@ -131,7 +131,10 @@ def read_path(
     root: str | Path | None, # Data folder
 ) -> Images:
     "House numbers if there are boxes of digits, else any images"
-    if not find_parts(path): return image_folder(path, split, size)
+    if not find_parts(path):
+        images = image_folder(path, split, size)
+        if images.name in DATA_SETS: images.name += '_images' # is not mistaken for that set
+        return images
     if size is None: return house_numbers(path, split, root)
     raise ValueError(f'{path} is a collection in the layout of SVHN, with images of a size of its '
                      'own; leave the size out')

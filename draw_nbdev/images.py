@@ -101,6 +101,11 @@ def split_files(
         split = FOLDER_SPLITS.get(steps[0].lower()) if len(steps) > 1 else None
         splits.setdefault(split, []).append(name)
     if not splits.keys() & set(SPLITS): splits = {'train': names}
+    if None in splits:
+        first, *more = splits[None]
+        raise ValueError(f'{first} and {len(more)} more images are in none of the folders that '
+                         f'name a split ({", ".join(FOLDER_SPLITS)}): '
+                         'move them, or rename those folders')
     missing = [split for split in SPLITS if split not in splits]
     if 'train' in missing:
         there = ' and '.join(split for split in SPLITS if split in splits)

@@ -19,9 +19,16 @@ def reconstruction_loss(
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
     likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
 ) -> Tensor: # L^x in nats per image, shape (batch,)
-    "Eq. 9: Bernoulli cross-entropy, summed over channels and pixels"
+    "Eq. 9: cross-entropy, summed over channels and pixels; `ValueError` for shapes that differ"
+    if canvas.shape != images.shape:
+        raise ValueError(f'a canvas of shape {tuple(canvas.shape)} does not fit '
+                         f'images of shape {tuple(images.shape)}')
     if likelihood is not None: # one of Bernoulli gives the same
-        return -likelihood(canvas).log_prob(images.to(canvas)).flatten(1).sum(1)
+        log_prob = likelihood(canvas).log_prob(images.to(canvas))
+        if log_prob.shape != images.shape:
+            raise ValueError('a likelihood has a log_prob for each pixel and channel, '
+                             f'not one of shape {tuple(log_prob.shape)}')
+        return -log_prob.flatten(1).sum(1)
     canvas = canvas.to(torch.promote_types(canvas.dtype, torch.float32))
     losses = binary_cross_entropy_with_logits(canvas, images.to(canvas), reduction='none')
     return losses.flatten(1).sum(1)
@@ -82,7 +89,7 @@ def importance_weighted_bound(
     index = torch.arange(samples * len(images), device=images.device) % len(images)
     parts = []
     for chosen in index.split(rows):
-        shape = glimpses or c.glimpses, len(chosen), c.latent_size
+        shape = model.check_glimpses(glimpses), len(chosen), c.latent_size
         noise = torch.randn(shape, generator=generator, device=device).to(images)
         output = model(images[chosen], noise)
         parts.append(log_weights(output, images[chosen], model.likelihood))

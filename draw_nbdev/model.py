@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, get_args, get_type_hints
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
@@ -91,12 +91,13 @@ def check_sizes(
     config, # A dataclass whose fields are whole numbers, truth values and names
 ) -> None:
     "Raise `ValueError` for a field of another type and for numbers below one"
-    for field in fields(config):
-        value, allowed = getattr(config, field.name), get_args(field.type) or (field.type,)
+    kinds = get_type_hints(type(config))
+    for name in (field.name for field in fields(config)):
+        value, allowed = getattr(config, name), get_args(kinds[name]) or (kinds[name],)
         if type(value) not in allowed:
-            raise ValueError(f'{field.name} must be {allowed[0].__name__}, got {repr(value)[:99]}')
+            raise ValueError(f'{name} must be {allowed[0].__name__}, got {repr(value)[:99]}')
         if type(value) is int and value < 1:
-            raise ValueError(f'{field.name} must be at least 1, got {value}')
+            raise ValueError(f'{name} must be at least 1, got {value}')
 
 # %% ../nbs/14_model.ipynb #d021e648
 PRESETS = {
@@ -253,6 +254,7 @@ def stack_windows(
 
 # %% ../nbs/14_model.ipynb #7fd9d16a
 PRETRAINED = Path(str(files('draw_nbdev') / 'pretrained')) # A folder for each packaged name
+WEIGHTS = 'config.json', 'model.safetensors' # Files of a folder of weights
 HUB = 'hf://' # What names on the Hugging Face Hub begin with
 
 # %% ../nbs/14_model.ipynb #hubname1
@@ -266,13 +268,17 @@ def hub_name(
 def find_weights(
     name: str | Path, # A packaged name, a folder of a run or of weights, or hf://owner/name
 ) -> Path | None: # Folder with config.json and model.safetensors, or None for a name on the Hub
-    "Where weights lie; `mnist` is packaged, `./mnist` a folder; raises `ValueError` where none are"
+    "Where weights lie; a `Path` is a folder; raises `ValueError` for none, and for two"
     if hub_name(name): return None
-    packaged = [file.parent for file in sorted(PRETRAINED.glob('*/config.json'))]
-    for folder in (*(p for p in packaged if p.name == str(name)), Path(name), Path(name) / 'best'):
-        if all((folder / file).is_file() for file in ('config.json', 'model.safetensors')):
-            return folder
-    known = ', '.join(p.name for p in packaged) or 'none'
+    packaged = {file.parent.name: file.parent for file in sorted(PRETRAINED.glob('*/config.json'))}
+    places = [Path(name), Path(name) / 'best']
+    if isinstance(name, str) and name in packaged: places.insert(0, packaged[name])
+    found = [place for place in places if all((place / file).is_file() for file in WEIGHTS)]
+    if len(found) > 1 and found[0] is packaged.get(name):
+        raise ValueError(f'{name} is packaged and a folder here: write ./{name} for the folder, '
+                         'or go to another folder for the packaged weights')
+    if found: return found[0]
+    known = ', '.join(packaged) or 'none'
     raise ValueError(f'no weights in {str(name)[:200]}: give a packaged name ({known}), a folder '
                      'with config.json and model.safetensors, or hf://owner/name on the Hub')
 
@@ -285,7 +291,14 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
     @classmethod
     def config_class(cls) -> type:
         "The dataclass of the network's sizes"
-        return cls.__init__.__annotations__['config']
+        makers = (vars(base)['__init__'] for base in cls.__mro__ if '__init__' in vars(base))
+        hints = (get_type_hints(maker) for maker in makers if hasattr(maker, '__annotations__'))
+        return next(hint['config'] for hint in hints if 'config' in hint)
+
+    @classmethod
+    def kind(cls) -> str:
+        "What config.json calls this class: its `model_type`, or its name if it has inherited that"
+        return cls.model_type if 'model_type' in vars(cls) else cls.__name__
 
     @classmethod
     def from_pretrained(cls,
@@ -295,10 +308,12 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
         "Load configuration and weights; raises `ValueError` where they do not fit each other"
         folder = find_weights(name)
         damaged = f'the weights and the config.json of {name} do not fit each other or are damaged'
-        problems = (RuntimeError, SafetensorError, TypeError, RecursionError,
+        problems = (RuntimeError, SafetensorError, RecursionError,
                     json.JSONDecodeError, UnicodeDecodeError)
+        if folder:
+            with reraise_as(ValueError, damaged, TypeError, *problems):
+                options['config'] = cls.read_config(name, folder / 'config.json')
         with reraise_as(ValueError, damaged, *problems):
-            if folder: cls.check_config(name, folder / 'config.json')
             with contextlib.redirect_stdout(io.StringIO()):
                 source = str(folder or hub_name(name))
                 network = super().from_pretrained(source, strict=True, **options)
@@ -309,23 +324,24 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
         return network
 
     @classmethod
-    def check_config(cls,
+    def read_config(cls,
         name: str | Path, # What the weights are called
         file: Path, # Their config.json
-    ) -> None:
-        "Raise `ValueError` for another kind of network or sizes that make none"
+    ): # A `config_class`
+        "The sizes; raises `ValueError` for another kind of network or sizes that make none"
         sizes = {**json.loads(file.read_text(encoding='utf-8'))}
-        kind = sizes.pop('model_type', cls.model_type) # older files have none
-        if kind != cls.model_type:
+        kind = sizes.pop('model_type', cls.kind()) # older files have none
+        known = [base.kind() for base in cls.__mro__ if issubclass(base, Pretrained)]
+        if kind not in known: # weights of a base class may be taken over
             raise ValueError(f'{name} holds a network of type {str(kind)[:99]!r}, '
-                             f'and {cls.__name__} is of type {cls.model_type!r}')
-        cls.config_class()(**sizes)
+                             f'and {cls.__name__} is of type {cls.kind()!r}')
+        return cls.config_class()(**sizes)
 
     def _save_pretrained(self, save_directory):
         "Weights and config.json; what is not set is left out"
         super()._save_pretrained(save_directory)
         sizes = {key: value for key, value in asdict(self.config).items() if value is not None}
-        text = json.dumps({'model_type': self.model_type, **sizes}, sort_keys=True, indent=2)
+        text = json.dumps({'model_type': self.kind(), **sizes}, sort_keys=True, indent=2)
         (save_directory / 'config.json').write_text(text, encoding='utf-8')
 
     @classmethod
@@ -357,6 +373,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         self.posterior = nn.Linear(c.hidden_size, 2 * c.latent_size)
         self.decoder = make_part('cell', cell, c, c.latent_size)
         self.likelihood = make_part('likelihood', likelihood, c)
+        self.made_of = {name: type(part) for name, part in self.named_children()}
         self.initial_canvas = nn.Parameter(torch.zeros(c.channels, c.height, c.width))
         self.initial_encoder = nn.Parameter(torch.zeros(2, c.hidden_size))
         self.initial_decoder = nn.Parameter(torch.zeros(2, c.hidden_size))
@@ -367,7 +384,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
     ): # Yields a Step for every t
         "The definition: one step of the recurrence after the other"
         images, noise = images.to(self.initial_canvas), noise.to(self.initial_canvas)
-        canvas, encoder, decoder = self.initial_states(len(images))
+        canvas, encoder, decoder = self.initial_states(images.shape[0])
         for epsilon in noise:
             errors = images - self.likelihood(canvas).mean
             reading, read_window = self.read(images, errors, decoder[0])
@@ -414,7 +431,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         generator: 'torch.Generator | None' = None, # Source of z; torch's global one if None
     ) -> Drawing: # `model.images(drawing.canvases[-1])` are the finished images
         "Eqs 13-16: draw from the prior, a fresh z at every step"
-        shape = (glimpses or self.config.glimpses, count, self.config.latent_size)
+        shape = (self.check_glimpses(glimpses), count, self.config.latent_size)
         device = generator.device if generator else None
         return self.decode(torch.randn(shape, generator=generator, device=device))
 
@@ -422,6 +439,11 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         latents: Tensor, # z_t, shape (glimpses, batch, latent_size)
     ) -> Drawing: # Without read windows
         "Eqs 14-16: the drawing that belongs to these latents; it needs no encoder"
+        steps, draws = (next(base for base in type(self).__mro__ if name in vars(base))
+                        for name in ('steps', 'decode'))
+        if not issubclass(draws, steps):
+            raise ValueError(f'{steps.__name__} has steps of its own, and decode does not know '
+                             f'them: write {steps.__name__}.decode too')
         canvas, _, decoder = self.initial_states(latents.shape[1])
         latents, canvases, windows = latents.to(canvas), [canvas], []
         for latent in latents:
@@ -471,12 +493,33 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         if images.shape[1:] != expected:
             raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit '
                              f'a network for {expected}')
-        shape = glimpses or c.glimpses, len(images), c.latent_size
+        if not images.is_floating_point() and images.numel() and images.max() > 1:
+            raise ValueError(f'images of {images.dtype} and up to {images.max()}: '
+                             'hand over values between 0 and 1')
+        shape = self.check_glimpses(glimpses), images.shape[0], c.latent_size
         if noise is None: return torch.randn(shape, dtype=dtype, device=images.device)
-        if noise.ndim != 3 or noise.shape[1:] != shape[1:]:
+        steps = shape[0] if glimpses is not None else 'glimpses'
+        wrong = noise.ndim != 3 or noise.shape[0] < 1 or noise.shape[1:] != shape[1:]
+        if wrong or glimpses is not None and noise.shape[0] != glimpses:
             raise ValueError(f'noise of shape {tuple(noise.shape)} is not '
-                             f'(glimpses, {shape[1]}, {shape[2]})')
+                             f'({steps}, {shape[1]}, {shape[2]})')
         return noise
+
+    def check_glimpses(self,
+        glimpses: int | None, # Steps; the configuration's if None
+    ) -> int: # At least 1
+        "The number of steps; raises `ValueError` for less than one"
+        if glimpses is None: return self.config.glimpses
+        if glimpses < 1: raise ValueError(f'glimpses must be at least 1, got {glimpses}')
+        return glimpses
+
+    def _save_pretrained(self, save_directory):
+        "As any network, once the file will say what the network is made of"
+        for name, kind in self.made_of.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f'{name} was exchanged after the network had been made, which '
+                                 'config.json cannot say: hand the part to the constructor')
+        super()._save_pretrained(save_directory)
 
     def unchanged(self) -> bool:
         "Whether `steps` and all parts are those of this page, with nothing hooked on to them"
@@ -489,6 +532,8 @@ COMMON = {'encoder': LSTMCell, 'decoder': LSTMCell, 'likelihood': Bernoulli,
 ATTENTIVE = {**COMMON, 'read': AttentiveRead, 'write': AttentiveWrite,
              **dict.fromkeys(['read.window', 'write.window', 'write.patch'], nn.Linear)}
 WHOLE = {**COMMON, 'read': WholeRead, 'write': WholeWrite, 'write.canvas': nn.Linear}
+OURS = {kind: kind.forward for kind in {*ATTENTIVE.values(), *WHOLE.values()}}
+LOOP = {name: getattr(DRAW, name) for name in ('forward', 'steps', 'initial_states')}
 HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 
 # %% ../nbs/14_model.ipynb #ishooked
@@ -513,9 +558,8 @@ def steps_are_known(
     model: DRAW, # The network
 ) -> bool:
     "Whether neither a subclass nor an attribute changes how the network runs"
-    names = 'forward', 'steps', 'initial_states'
-    if any(getattr(type(model), name) is not getattr(DRAW, name) for name in names): return False
-    return vars(model).keys().isdisjoint(names[1:])
+    if any(getattr(type(model), name) is not ours for name, ours in LOOP.items()): return False
+    return vars(model).keys().isdisjoint(LOOP.keys() - {'forward'})
 
 # %% ../nbs/14_model.ipynb #partknow
 def parts_are_known(
@@ -526,6 +570,7 @@ def parts_are_known(
     del parts['']
     known = ATTENTIVE if model.config.attention else WHOLE
     if any(type(parts.get(name)) is not kind for name, kind in known.items()): return False
+    if any(kind.forward is not forward for kind, forward in OURS.items()): return False
     if not all(is_known_norm(parts.get(f'{cell}.norm')) for cell in ('encoder', 'decoder')):
         return False
     if any(getattr(torch.nn.modules.module, f'_global{name}') for name in HOOKS): return False

@@ -9,6 +9,7 @@ __all__ = ['MUON', 'READ', 'RECIPES', 'ADAM', 'GLANCE', 'PAPER_RECIPES', 'TrainO
 # %% ../nbs/60_options.ipynb #f679442d
 from dataclasses import dataclass, replace
 from math import cos, pi
+from typing import get_args, get_type_hints
 
 # %% ../nbs/60_options.ipynb #6821e851
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ def check_options(
     "Raise `ValueError` for a value that makes no run, in one line"
     o = options
     given = {name: value for name, value in vars(o).items() if value is not None}
+    for name, kind in get_type_hints(TrainOptions).items():
+        known = {int: (int,), float: (int, float)}.get((get_args(kind) or (kind,))[0])
+        if known and name in given and type(given[name]) not in known:
+            raise ValueError(f'{name} must be a number of type {known[-1].__name__}, '
+                             f'got {given[name]!r}')
     for name, least in LEAST.items():
         if given.get(name, least) < least:
             raise ValueError(f'{name} must be at least {least}, got {given[name]}')

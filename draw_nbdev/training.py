@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_state,
                                     open_run, save_state, save_weights, take_lock)
-from .data import Images
+from .data import Images, check_images
 from .compiled import can_compile
 from .evaluation import evaluate
 from .files import remove_partial, write_json
@@ -42,10 +42,11 @@ def update_average(
     model: nn.Module, # The network after an update
     decay: float, # What the decay rises to, at least 0 and below 1
 ) -> None:
-    "Exponential moving average of the weights, quick at first and slow later"
+    "Moving average of the weights, quick at first and slow later; buffers as they are"
     count = averaged.n_averaged.item() # on the processor: a GPU is not waited for
     share = 1 - min(decay, (1 + count) / (10 + count)) if count else 1
     torch._foreach_lerp_(list(averaged.module.parameters()), list(model.parameters()), share)
+    for mine, its in zip(averaged.module.buffers(), model.buffers()): mine.copy_(its)
     averaged.n_averaged += 1
 
 # %% ../nbs/22_training.ipynb #b129ffb2
@@ -283,6 +284,7 @@ def check_run(
     options: TrainOptions, # Of the run
 ) -> None:
     "Raise `ValueError` for what cannot be run"
+    for data in (train_set, valid_set): check_images(data)
     if 'test' in (train_set.split, valid_set.split):
         raise ValueError('the test set is neither for training nor for choosing: '
                          'give train and valid')
@@ -299,12 +301,14 @@ def describe(
     train_set: Images, # Images to learn from
     valid_set: Images, # Images to choose by
     options: TrainOptions, # Of the run
+    task: Task, # What is learned
 ) -> dict: # As in run.json, without its segments
     "What a run is"
     data = {'name': train_set.name, 'note': train_set.note,
-            'train': train_set.checksum, 'valid': valid_set.checksum}
+            'train': train_set.checksum, 'valid': valid_set.checksum,
+            'levels': train_set.levels, 'kind': type(train_set).__name__}
     return {'config': asdict(config), 'options': json.loads(json.dumps(asdict(options))),
-            'version': __version__, 'data': data}
+            'version': __version__, 'data': data, 'task': type(task).__name__}
 
 # %% ../nbs/22_training.ipynb #d0328de1
 def updates_left(
@@ -329,7 +333,7 @@ def train(
     check_run(config, train_set, valid_set, options)
     options = replace(options, precision=choose_precision(options.precision))
     out, accelerator = Path(out), start_accelerator(options)
-    description = describe(config, train_set, valid_set, options)
+    description = describe(config, train_set, valid_set, options, task)
     before = open_run(out, description)
     accelerator.wait_for_everyone() # nobody writes before everybody has looked
     with take_lock(out, accelerator):
@@ -337,7 +341,7 @@ def train(
         model = task.start(config, train_set).to(accelerator.device)
         if can_compile(accelerator.device) and getattr(model, 'scan', None) == 'fused':
             model.scan = 'compiled'
-        averaged = AveragedModel(model)
+        averaged = AveragedModel(model).eval() # what is validated and kept
         model, *optimizers = accelerator.prepare(model, *task.optimizers(model, options))
         progress = load_state(accelerator, averaged, out) or dict(NOTHING_DONE)
         per_epoch = len(train_set) // options.batch_size
@@ -385,7 +389,7 @@ def train(
                 record.save()
         accelerator.wait_for_everyone()
         accelerator.free_memory()
-    return task.network.from_pretrained(out)
+    return task.network.from_pretrained(out / 'best')
 
 # %% ../nbs/22_training.ipynb #a43bf035
 NOTHING_DONE = {'step': 0, 'best': None, 'best_glimpses': 0, 'seconds': 0, 'cpu_seconds': 0}

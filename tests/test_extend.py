@@ -1,0 +1,245 @@
+"""What those who build on the package do, and where it must not go on in silence
+
+Each test is named for something that once gave another network, another number or other data than
+was meant, without an error.
+"""
+from __future__ import annotations # As many write it; annotations are then strings
+import json
+from dataclasses import dataclass, replace
+import pytest
+import torch
+from PIL import Image
+from torch import distributions, nn
+import draw_nbdev.model as model_module
+from draw_nbdev.attention import AttentiveRead
+from draw_nbdev.checkpoints import differences
+from draw_nbdev.data import Images
+from draw_nbdev.data_sets import find
+from draw_nbdev.evaluation import evaluate, evaluating
+from draw_nbdev.images import image_folder
+from draw_nbdev.loss import bound, importance_weighted_bound, reconstruction_loss
+from draw_nbdev.model import DRAW, DRAWConfig, find_weights
+from draw_nbdev.options import TrainOptions
+from draw_nbdev.training import Task, describe, train, update_average
+
+SMALL = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3,
+                   read_size=2, write_size=3)
+QUICK = TrainOptions(epochs=1, batch_size=4, kl_warmup=0)
+
+def toy(split='train', kind=Images):
+    "Noise of zeros and ones"
+    pixels = torch.rand(8, 2, 5, 7, generator=torch.Generator().manual_seed(3)) < 0.3
+    return kind(pixels, 'toy', split)
+
+# Weights
+
+def test_a_folder_named_like_packaged_weights(tmp_path, monkeypatch):
+    "`train` returns what it trained; a `Path` is a folder; a name that could be both is refused"
+    monkeypatch.chdir(tmp_path)
+    trained = train(SMALL, toy(), toy('valid'), 'mnist', QUICK)
+    assert trained.config == SMALL
+    for place in (model_module.Path('mnist'), './mnist'):
+        assert DRAW.from_pretrained(place).config == SMALL
+    with pytest.raises(ValueError, match='write ./mnist'): find_weights('mnist')
+    assert find_weights('two_digits').is_absolute() # no such folder here
+
+def test_a_part_exchanged_after_construction(tmp_path):
+    model = DRAW(SMALL)
+    model.likelihood = nn.Module()
+    with pytest.raises(ValueError, match='likelihood was exchanged'):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / 'config.json').exists()
+
+class Halving(DRAW):
+    "Half of the canvas is forgotten in every step"
+    def __init__(self, config: DRAWConfig): super().__init__(config)
+
+    def steps(self, images, noise):
+        for step in super().steps(images, noise): yield step._replace(canvas=step.canvas / 2)
+
+def test_a_subclass_is_not_taken_for_draw(tmp_path):
+    "config.json has its name; it may begin with weights of DRAW, and not the other way round"
+    Halving(SMALL).save_pretrained(tmp_path / 'half')
+    assert json.loads((tmp_path / 'half' / 'config.json').read_text())['model_type'] == 'Halving'
+    assert type(Halving.from_pretrained(tmp_path / 'half')) is Halving
+    with pytest.raises(ValueError, match="'Halving'"): DRAW.from_pretrained(tmp_path / 'half')
+    DRAW(SMALL).save_pretrained(tmp_path / 'plain')
+    assert type(Halving.from_pretrained(tmp_path / 'plain')) is Halving
+
+def test_steps_without_decode():
+    "A network with steps of its own does not generate by DRAW's"
+    with pytest.raises(ValueError, match='write Halving.decode'): Halving(SMALL).generate()
+    class Whole(Halving): decode = DRAW.decode
+    assert len(Whole(SMALL).generate(2).canvases) == 4
+
+def test_wrong_arguments_are_not_damaged_weights(tmp_path):
+    DRAW(SMALL).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match='glimpses'): DRAW.from_pretrained(tmp_path, glimpses=2)
+
+class Bare(DRAW):
+    def __init__(self, config): super().__init__(config) # Says nothing about its argument
+
+@dataclass(frozen=True)
+class Named(DRAWConfig):
+    count: int = 3
+    title: str = ''
+
+def test_annotations_that_are_missing_or_strings(tmp_path):
+    Bare(SMALL).save_pretrained(tmp_path)
+    assert Bare.from_pretrained(tmp_path).config == SMALL
+    with pytest.raises(ValueError, match='count must be int'): Named(count='3')
+
+@pytest.mark.parametrize('owner, name', [(AttentiveRead, 'forward'), (DRAW, 'steps')])
+def test_patched_code_runs(owner, name, monkeypatch):
+    "A method exchanged on the class takes effect in `forward`, too"
+    model, images = DRAW(SMALL).eval(), torch.rand(2, 2, 5, 7).round()
+    assert model.unchanged()
+    known, called = getattr(owner, name), []
+    def patched(*args):
+        called.append(name)
+        return known(*args)
+    monkeypatch.setattr(owner, name, patched)
+    assert not model.unchanged()
+    model(images)
+    assert called
+
+# Numbers
+
+@pytest.mark.parametrize('pick', [lambda x: x[:, 0], lambda x: x[0, 0], lambda x: x[:1]])
+def test_images_that_would_be_broadcast(pick):
+    model, images = DRAW(replace(SMALL, channels=1)), torch.rand(4, 1, 5, 7).round()
+    with pytest.raises(ValueError, match='does not fit'):
+        bound(model(images), pick(images), model.likelihood)
+
+def test_a_log_prob_summed_beforehand():
+    def likelihood(canvas): return distributions.Independent(distributions.Normal(canvas, 1.), 3)
+    with pytest.raises(ValueError, match='for each pixel'):
+        reconstruction_loss(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), likelihood)
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64])
+def test_bytes(dtype):
+    "Whole numbers are taken if they are bits"
+    model, images, noise = DRAW(SMALL), torch.ones(1, 2, 5, 7, dtype=dtype), torch.randn(3, 1, 3)
+    with pytest.raises(ValueError, match='up to 255: hand over values between'): model(255 * images)
+    assert torch.equal(model(images, noise).canvas, model(images.float(), noise).canvas)
+
+def test_glimpses_that_contradict():
+    model, images = DRAW(SMALL), torch.rand(1, 2, 5, 7)
+    for call in (lambda: model(images, glimpses=0), lambda: model.generate(glimpses=0),
+                 lambda: importance_weighted_bound(model, images, 1, glimpses=0)):
+        with pytest.raises(ValueError, match='at least 1'): call()
+    for noise, glimpses in ((torch.randn(4, 1, 3), 2), (torch.randn(0, 1, 3), None)):
+        with pytest.raises(ValueError, match='noise of shape'): model(images, noise, glimpses)
+    assert len(model(images, torch.randn(5, 1, 3)).means) == 5
+
+class Dropping(AttentiveRead):
+    "With dropout, and a count of the calls in either mode"
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.dropout, self.modes = nn.Dropout(.5), []
+        self.register_buffer('calls', torch.zeros(()))
+
+    def forward(self, images, errors, h_dec):
+        self.modes.append(self.training)
+        if self.training: self.calls += 1
+        reading, window = super().forward(images, errors, h_dec)
+        return self.dropout(reading), window
+
+def test_evaluation_without_dropout():
+    "The same numbers again, and every module as it was"
+    model = DRAW(SMALL, read=Dropping(5, 7, 2, 2, 8)).train()
+    model.write.eval()
+    assert evaluate(model, toy('valid')).bound == evaluate(model, toy('valid')).bound
+    assert not any(model.read.modes)
+    assert model.training and model.read.dropout.training and not model.write.training
+    with pytest.raises(KeyError), evaluating(model): raise KeyError
+    assert model.training
+
+def test_validation_without_dropout_and_with_buffers(tmp_path):
+    "The averaged network is in evaluation mode, and has the buffers of the one that learns"
+    seen = []
+    class Looking(Task):
+        network = DRAW
+
+        def start(self, config, train_set):
+            return DRAW(config, read=Dropping(5, 7, 2, 2, 8)).start_from(train_set.mean())
+
+        def validate(self, model, data, glimpses, limit):
+            seen.append((model.training, model.read.training, model.read.calls.item()))
+            return super().validate(model, data, glimpses, limit)
+
+    with pytest.raises(ValueError, match="no read part 'Dropping'"): # which is how parts are loaded
+        train(SMALL, toy(), toy('valid'), tmp_path, QUICK, Looking())
+    assert seen == [(False, False, 6)] # two updates of three steps
+
+def test_buffers_follow():
+    model = nn.BatchNorm1d(2)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    model(torch.randn(5, 2) + 3)
+    update_average(averaged, model, 0.9)
+    assert torch.equal(averaged.module.running_mean, model.running_mean)
+
+# Data
+
+def test_bits():
+    "Truth values are bits; bytes that are nothing but 0 and 1 of 255 are a mistake"
+    pixels = torch.rand(3, 1, 4, 5) < 0.5
+    bits = Images(pixels, 'bits', 'train')
+    assert bits.levels == 1 and torch.equal(bits.batch([0, 1, 2]), pixels.float())
+    with pytest.raises(ValueError, match='levels=1'): Images(pixels.to(torch.uint8), 'b', 'train')
+    assert Images(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), 'black', 'train').levels == 255
+
+def test_other_kinds_of_data_sets():
+    data = torch.utils.data.TensorDataset(torch.rand(4, 2, 5, 7))
+    with pytest.raises(TypeError, match='TensorDataset is no Images'): evaluate(DRAW(SMALL), data)
+    with pytest.raises(TypeError, match='TensorDataset'): train(SMALL, data, data, 'run', QUICK)
+
+def save_images(folder, count):
+    folder.mkdir(parents=True)
+    for i in range(count): Image.new('L', (6, 4), 10 * i).save(folder / f'{i}.png')
+
+def test_classes_that_are_named_like_splits(tmp_path):
+    "COCO has a class of trains"
+    for name in ('train', 'car', 'bus'): save_images(tmp_path / name, 20)
+    with pytest.raises(ValueError, match='39 more images are in none'):
+        image_folder(tmp_path, 'train')
+
+def test_a_folder_named_like_a_data_set(tmp_path):
+    "It is not mistaken for that set when the network is evaluated"
+    save_images(tmp_path / 'mnist', 20)
+    assert find(tmp_path / 'mnist', 'train').name == 'mnist_images'
+
+def test_runs_differ_by_what_they_learn():
+    "Levels, kind of data and task; runs from before these were written down go on"
+    class Louder(Task): pass
+    class Redrawn(Images): pass
+    given = SMALL, toy(), toy('valid'), QUICK
+    run = describe(*given, Task())
+    assert differences(run, describe(*given, Task())) == []
+    assert differences(run, describe(*given, Louder())) == ['task Task there, Louder here']
+    redrawn = describe(SMALL, toy(kind=Redrawn), toy('valid'), QUICK, Task())
+    assert differences(run, redrawn) == ['data.kind Images there, Redrawn here']
+    grey = Images(toy().pixels * 2, 'toy', 'train', levels=2)
+    grey.checksum = toy().checksum
+    assert differences(run, describe(SMALL, grey, toy('valid'), QUICK, Task())) == [
+        'data.levels 1 there, 2 here']
+    old = json.loads(json.dumps(run))
+    for name in ('levels', 'kind'): del old['data'][name]
+    del old['task']
+    assert differences(old, run) == []
+
+@pytest.mark.parametrize('wrong', [dict(epochs=1.5), dict(batch_size=50.), dict(clip_norm='1'),
+                                   dict(learning_rate='0.1'), dict(seed=True)])
+def test_options_of_another_type(wrong):
+    with pytest.raises(ValueError, match=f'{next(iter(wrong))} must be a number'):
+        TrainOptions(**wrong)
+
+def test_export_with_any_number_of_images():
+    "The whole network, reference and all, with a batch that is left open"
+    model = DRAW(SMALL, scan='reference').eval()
+    batch = torch.export.Dim('batch', min=2, max=64)
+    given = torch.rand(4, 2, 5, 7), torch.randn(3, 4, 3)
+    program = torch.export.export(model, given, dynamic_shapes=({0: batch}, {1: batch}))
+    images, noise = torch.rand(9, 2, 5, 7), torch.randn(3, 9, 3)
+    got, expected = program.module()(images, noise), model(images, noise)
+    torch.testing.assert_close(tuple(got), tuple(expected))

@@ -41,7 +41,7 @@ class Images:
         name: str, # Name of the data set
         split: str, # 'train', 'valid' or 'test'
         note: str = '', # Where the pixels come from, in a sentence shown beside every number
-        levels: int = 255, # The uint8 value that means 1.0; 1 for binary images
+        levels: int | None = None, # The uint8 value that means 1.0, 1 for bits; 255 if None
     ):
         check_split(split)
         if pixels.dim() != 4 or pixels.numel() == 0:
@@ -53,9 +53,10 @@ class Images:
         if pixels.dtype != torch.uint8:
             raise ValueError(f'{name}: pixels must be uint8, bool or float, not {pixels.dtype}')
         highest = int(pixels.max())
-        if highest == 1 < levels:
-            raise ValueError(f'{name}: nothing but 0 and 1 of {levels} levels, nearly black: '
-                             'for binary images give levels=1')
+        if highest == 1 and levels is None:
+            raise ValueError(f'{name}: nothing but 0 and 1: give levels=1 for bits, '
+                             'or levels=255 for nearly black bytes')
+        levels = levels or 255
         if highest > levels:
             raise ValueError(f'{name}: pixel values go up to {highest}, beyond levels={levels}')
         self.pixels, self.levels = pixels, levels

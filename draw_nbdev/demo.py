@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from .classifier import Convolutional, network_class
 from .data import mnist
-from .model import PRETRAINED
+from .model import PRETRAINED, find_weights
 
 # %% ../nbs/41_demo.ipynb #b1a029f2
 TITLES = {
@@ -97,6 +97,7 @@ def live_files(
     model: str | Path | None = None, # Comes first in the list: packaged name, folder or hf://owner/name
 ) -> Path: # The same folder
     "Write the page of the demonstration and all that it loads"
+    if model: find_weights(model) # raises `ValueError` for a name that could be two
     weights = out / 'weights'
     shutil.copytree(ASSETS, out, dirs_exist_ok=True)
     rows = []

@@ -103,9 +103,8 @@ def split_files(
     if not splits.keys() & set(SPLITS): splits = {'train': names}
     if None in splits:
         first, *more = splits[None]
-        raise ValueError(f'{first} and {len(more)} more images are in none of the folders that '
-                         f'name a split ({", ".join(FOLDER_SPLITS)}): '
-                         'move them, or rename those folders')
+        warnings.warn(f'{first} and {len(more)} more images are left out: they are in none of the '
+                      'folders that name a split', stacklevel=2)
     missing = [split for split in SPLITS if split not in splits]
     if 'train' in missing:
         there = ' and '.join(split for split in SPLITS if split in splits)
@@ -231,4 +230,5 @@ def image_folder(
             with open_image(path, open_file, name) as image:
                 target[:] = image_to_bytes(image, channels, size)
     kinds = '/'.join(sorted(set(formats)))
-    return Images(pixels, path.stem, split, f'decoded from the {kinds} files of {path.name}')
+    note = f'decoded from the {kinds} files of {path.name}'
+    return Images(pixels, path.stem, split, note, levels=255)

@@ -20,15 +20,14 @@ def reconstruction_loss(
     likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
 ) -> Tensor: # L^x in nats per image, shape (batch,)
     "Eq. 9: cross-entropy, summed over channels and pixels; `ValueError` for shapes that differ"
-    if canvas.shape != images.shape:
-        raise ValueError(f'a canvas of shape {tuple(canvas.shape)} does not fit '
+    pixels = likelihood and likelihood(canvas)
+    shape = pixels.batch_shape + pixels.event_shape if pixels else canvas.shape
+    if shape != images.shape:
+        raise ValueError(f'a canvas for images of shape {tuple(shape)} does not fit '
                          f'images of shape {tuple(images.shape)}')
-    if likelihood is not None: # one of Bernoulli gives the same
-        log_prob = likelihood(canvas).log_prob(images.to(canvas))
-        if log_prob.shape != images.shape:
-            raise ValueError('a likelihood has a log_prob for each pixel and channel, '
-                             f'not one of shape {tuple(log_prob.shape)}')
-        return -log_prob.flatten(1).sum(1)
+    if pixels: # those of Bernoulli give the same
+        log_prob = pixels.log_prob(images.to(canvas))
+        return -(log_prob if log_prob.ndim == 1 else log_prob.flatten(1).sum(1))
     canvas = canvas.to(torch.promote_types(canvas.dtype, torch.float32))
     losses = binary_cross_entropy_with_logits(canvas, images.to(canvas), reduction='none')
     return losses.flatten(1).sum(1)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor, distributions, nn
 from .attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
@@ -256,6 +256,7 @@ def stack_windows(
 PRETRAINED = Path(str(files('draw_nbdev') / 'pretrained')) # A folder for each packaged name
 WEIGHTS = 'config.json', 'model.safetensors' # Files of a folder of weights
 HUB = 'hf://' # What names on the Hugging Face Hub begin with
+FETCH = 'revision', 'token', 'cache_dir', 'local_files_only', 'force_download' # Of a download
 
 # %% ../nbs/14_model.ipynb #hubname1
 def hub_name(
@@ -274,7 +275,7 @@ def find_weights(
     places = [Path(name), Path(name) / 'best']
     if isinstance(name, str) and name in packaged: places.insert(0, packaged[name])
     found = [place for place in places if all((place / file).is_file() for file in WEIGHTS)]
-    if len(found) > 1 and found[0] is packaged.get(name):
+    if len(found) > 1 and found[0] is packaged.get(name) and not found[1].samefile(found[0]):
         raise ValueError(f'{name} is packaged and a folder here: write ./{name} for the folder, '
                          'or go to another folder for the packaged weights')
     if found: return found[0]
@@ -291,9 +292,10 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
     @classmethod
     def config_class(cls) -> type:
         "The dataclass of the network's sizes"
-        makers = (vars(base)['__init__'] for base in cls.__mro__ if '__init__' in vars(base))
-        hints = (get_type_hints(maker) for maker in makers if hasattr(maker, '__annotations__'))
-        return next(hint['config'] for hint in hints if 'config' in hint)
+        makers = [vars(base)['__init__'] for base in cls.__mro__ if '__init__' in vars(base)]
+        maker = next(o for o in makers if 'config' in getattr(o, '__annotations__', ()))
+        kind = maker.__annotations__['config'] # a string, if annotations are postponed
+        return eval(kind, maker.__globals__) if isinstance(kind, str) else kind
 
     @classmethod
     def kind(cls) -> str:
@@ -310,9 +312,11 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
         damaged = f'the weights and the config.json of {name} do not fit each other or are damaged'
         problems = (RuntimeError, SafetensorError, RecursionError,
                     json.JSONDecodeError, UnicodeDecodeError)
-        if folder:
-            with reraise_as(ValueError, damaged, TypeError, *problems):
-                options['config'] = cls.read_config(name, folder / 'config.json')
+        fetch = {o: options[o] for o in FETCH if o in options}
+        file = (folder / 'config.json' if folder
+                else hf_hub_download(hub_name(name), 'config.json', **fetch))
+        with reraise_as(ValueError, damaged, TypeError, *problems):
+            options = {'config': cls.read_config(name, Path(file)), **options}
         with reraise_as(ValueError, damaged, *problems):
             with contextlib.redirect_stdout(io.StringIO()):
                 source = str(folder or hub_name(name))
@@ -493,9 +497,6 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         if images.shape[1:] != expected:
             raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit '
                              f'a network for {expected}')
-        if not images.is_floating_point() and images.numel() and images.max() > 1:
-            raise ValueError(f'images of {images.dtype} and up to {images.max()}: '
-                             'hand over values between 0 and 1')
         shape = self.check_glimpses(glimpses), images.shape[0], c.latent_size
         if noise is None: return torch.randn(shape, dtype=dtype, device=images.device)
         steps = shape[0] if glimpses is not None else 'glimpses'
@@ -515,8 +516,8 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
 
     def _save_pretrained(self, save_directory):
         "As any network, once the file will say what the network is made of"
-        for name, kind in self.made_of.items():
-            if type(getattr(self, name)) is not kind:
+        for name, kind in self.made_of.items(): # a subclass may exchange them as it is made
+            if type(self) is DRAW and type(getattr(self, name)) is not kind:
                 raise ValueError(f'{name} was exchanged after the network had been made, which '
                                  'config.json cannot say: hand the part to the constructor')
         super()._save_pretrained(save_directory)
@@ -532,7 +533,7 @@ COMMON = {'encoder': LSTMCell, 'decoder': LSTMCell, 'likelihood': Bernoulli,
 ATTENTIVE = {**COMMON, 'read': AttentiveRead, 'write': AttentiveWrite,
              **dict.fromkeys(['read.window', 'write.window', 'write.patch'], nn.Linear)}
 WHOLE = {**COMMON, 'read': WholeRead, 'write': WholeWrite, 'write.canvas': nn.Linear}
-OURS = {kind: kind.forward for kind in {*ATTENTIVE.values(), *WHOLE.values()}}
+OURS = {kind: kind.forward for kind in {*ATTENTIVE.values(), *WHOLE.values(), nn.LayerNorm}}
 LOOP = {name: getattr(DRAW, name) for name in ('forward', 'steps', 'initial_states')}
 HOOKS = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
 

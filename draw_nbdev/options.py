@@ -53,7 +53,8 @@ def check_options(
     given = {name: value for name, value in vars(o).items() if value is not None}
     for name, kind in get_type_hints(TrainOptions).items():
         known = {int: (int,), float: (int, float)}.get((get_args(kind) or (kind,))[0])
-        if known and name in given and type(given[name]) not in known:
+        given_bool = isinstance(given.get(name), bool)
+        if known and name in given and (given_bool or not isinstance(given[name], known)):
             raise ValueError(f'{name} must be a number of type {known[-1].__name__}, '
                              f'got {given[name]!r}')
     for name, least in LEAST.items():

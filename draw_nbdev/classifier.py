@@ -15,7 +15,6 @@ from math import log
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 import torch
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -25,8 +24,8 @@ from .data import Images
 from .evaluation import evaluating
 from .files import reraise_as
 from .filterbank import Window, attention_window
-from .model import (DRAW, LSTMCell, Pretrained, check_sizes, find_weights,
-                              hub_name, preset, stack_windows)
+from .model import (DRAW, LSTMCell, Pretrained, check_sizes, find_config, preset,
+                              stack_windows)
 from .muon import make_optimizers
 from .options import RECIPES, TrainOptions
 from .plots import READ_COLOR, draw_windows, image_grid
@@ -194,11 +193,10 @@ def network_class(
     name: str | Path, # As in `load_classifier`
 ) -> type[nn.Module]: # `DRAW`, `DifferentiableRAM` or `Convolutional`
     "Which network the weights called `name` are for; raises `ValueError` where nothing says so"
-    folder = find_weights(name)
-    file = folder / 'config.json' if folder else hf_hub_download(hub_name(name), 'config.json')
+    file = find_config(name)
     problems = ValueError, TypeError, RecursionError
     with reraise_as(ValueError, f'the config.json of {name} is damaged', *problems):
-        fields = {**json.loads(Path(file).read_text(encoding='utf-8'))}
+        fields = {**json.loads(file.read_text(encoding='utf-8'))}
     kind = str(fields.get('model_type', old_model_type(fields)))
     if kind not in NETWORKS:
         raise ValueError(f'{name} holds a network of type {kind[:99]!r}: '

@@ -37,7 +37,7 @@ def to_bytes(pixels: Tensor, name: str) -> Tensor: # uint8
 class Images:
     "A split of a data set: uint8 pixels in memory, handed out as float batches between 0 and 1"
     def __init__(self,
-        pixels: Tensor, # (count, channels, height, width): uint8 up to `levels`, bool, or 0..1
+        pixels: Tensor, # (count, channels, height, width): uint8, bool, or floats 0..1
         name: str, # Name of the data set
         split: str, # 'train', 'valid' or 'test'
         note: str = '', # Where the pixels come from, in a sentence shown beside every number

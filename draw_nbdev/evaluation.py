@@ -97,7 +97,7 @@ def evaluate(
     samples: int | None = None, # Importance samples k for the tighter bound; not computed if None
     limit: int | None = None, # Evaluate the first `limit` images only; all if None
     rows: int = 500, # Images in one pass: bounds the memory
-) -> Evaluation: # Raises `ValueError` where images and network do not fit
+) -> Evaluation: # `ValueError` where images do not fit, `TypeError` for what is no `Images`
     "Bound, its parts and its errors over a set; the same numbers again for the same arguments"
     check_images(data)
     given = dict(glimpses=glimpses, seeds=seeds, samples=samples, limit=limit, rows=rows)

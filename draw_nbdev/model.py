@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PARTS', 'LSTMCell', 'Bernoulli', 'DRAWConfig', 'preset', 'DRAWOutput', 'Step', 'Drawing', 'find_weights',
-           'DRAW']
+           'find_config', 'DRAW']
 
 # %% ../nbs/14_model.ipynb #c368ccd6
 import contextlib, io, json
@@ -283,6 +283,16 @@ def find_weights(
     raise ValueError(f'no weights in {str(name)[:200]}: give a packaged name ({known}), a folder '
                      'with config.json and model.safetensors, or hf://owner/name on the Hub')
 
+# %% ../nbs/14_model.ipynb #0977a304
+def find_config(
+    name: str | Path, # As in `find_weights`
+    **options, # Of a download from the Hub, such as its `revision`
+) -> Path: # config.json
+    "The file that says what weights are for, fetched if it is on the Hub"
+    folder = find_weights(name)
+    if folder: return folder / 'config.json'
+    return Path(hf_hub_download(hub_name(name), 'config.json', **options))
+
 # %% ../nbs/14_model.ipynb #74c4be33
 class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/draw_nbdev',
                  docs_url='https://draw-nbdev.github.io/draw_nbdev'):
@@ -312,11 +322,9 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
         damaged = f'the weights and the config.json of {name} do not fit each other or are damaged'
         problems = (RuntimeError, SafetensorError, RecursionError,
                     json.JSONDecodeError, UnicodeDecodeError)
-        fetch = {o: options[o] for o in FETCH if o in options}
-        file = (folder / 'config.json' if folder
-                else hf_hub_download(hub_name(name), 'config.json', **fetch))
+        file = find_config(name, **{o: options[o] for o in FETCH if o in options})
         with reraise_as(ValueError, damaged, TypeError, *problems):
-            options = {'config': cls.read_config(name, Path(file)), **options}
+            options = {'config': cls.read_config(name, file), **options}
         with reraise_as(ValueError, damaged, *problems):
             with contextlib.redirect_stdout(io.StringIO()):
                 source = str(folder or hub_name(name))
@@ -377,7 +385,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         self.posterior = nn.Linear(c.hidden_size, 2 * c.latent_size)
         self.decoder = make_part('cell', cell, c, c.latent_size)
         self.likelihood = make_part('likelihood', likelihood, c)
-        self.made_of = {name: type(part) for name, part in self.named_children()}
+        self.made_of = {name: type(part) for name, part in self.named_children()} # For saving
         self.initial_canvas = nn.Parameter(torch.zeros(c.channels, c.height, c.width))
         self.initial_encoder = nn.Parameter(torch.zeros(2, c.hidden_size))
         self.initial_decoder = nn.Parameter(torch.zeros(2, c.hidden_size))
@@ -516,10 +524,10 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
 
     def _save_pretrained(self, save_directory):
         "As any network, once the file will say what the network is made of"
-        for name, kind in self.made_of.items(): # a subclass may exchange them as it is made
-            if type(self) is DRAW and type(getattr(self, name)) is not kind:
-                raise ValueError(f'{name} was exchanged after the network had been made, which '
-                                 'config.json cannot say: hand the part to the constructor')
+        exchanged = [o for o, kind in self.made_of.items() if type(getattr(self, o)) is not kind]
+        if exchanged and type(self) is DRAW: # a subclass may exchange them as it is made
+            raise ValueError(f'{exchanged[0]} was exchanged after the network had been made, which '
+                             'config.json cannot say: hand the part to the constructor')
         super()._save_pretrained(save_directory)
 
     def unchanged(self) -> bool:

@@ -52,11 +52,11 @@ def check_options(
     o = options
     given = {name: value for name, value in vars(o).items() if value is not None}
     for name, kind in get_type_hints(TrainOptions).items():
-        known = {int: (int,), float: (int, float)}.get((get_args(kind) or (kind,))[0])
-        given_bool = isinstance(given.get(name), bool)
-        if known and name in given and (given_bool or not isinstance(given[name], known)):
-            raise ValueError(f'{name} must be a number of type {known[-1].__name__}, '
-                             f'got {given[name]!r}')
+        kind, value = (get_args(kind) or (kind,))[0], given.get(name)
+        known = {int: int, float: (int, float)}.get(kind)
+        if value is None or known is None: continue
+        if isinstance(value, bool) or not isinstance(value, known):
+            raise ValueError(f'{name} must be a number of type {kind.__name__}, got {value!r}')
     for name, least in LEAST.items():
         if given.get(name, least) < least:
             raise ValueError(f'{name} must be at least {least}, got {given[name]}')

@@ -17,8 +17,9 @@ class Captured:
     "A function that learns from a batch on a GPU: recorded at the first call, repeated at others"
     def __init__(self,
         learn: Callable, # (batch, glimpses, weights) -> values; leaves gradients in parameters
+        buffers: Iterable[Tensor] = (), # What else `learn` changes, as a count of its calls
     ):
-        self.learn, self.shape = learn, None
+        self.learn, self.buffers, self.shape = learn, list(buffers), None
 
     def __call__(self,
         batch: list[Tensor], # On the processor or the GPU
@@ -40,14 +41,16 @@ class Captured:
         glimpses: int, # Steps, T
         weights: dict[str, float], # Of the loss
     ):
-        "Run twice, so that everything is compiled and in place, then record if that is possible"
+        "Rehearse, so that everything is compiled and in place, then record if that is possible"
         self.graph = self.values = None # the memory of another shape is free again
         self.batch = [part.to('cuda', copy=True) for part in batch]
         self.weights = {name: torch.tensor(float(v), device='cuda') for name, v in weights.items()}
+        before = [buffer.clone() for buffer in self.buffers]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2): self.learn(self.batch, glimpses, self.weights)
+            for buffer, value in zip(self.buffers, before): buffer.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:

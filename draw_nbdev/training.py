@@ -366,7 +366,7 @@ def train(
             accelerator.backward(loss)
             return {name: value.detach() for name, value in values.items()}
 
-        if can_capture(accelerator): learn = Captured(learn)
+        if can_capture(accelerator): learn = Captured(learn, model.buffers())
         steps = updates_left(progress['step'], total, accelerator.is_main_process)
         for step, batch in prepared(make_batch, steps, accelerator.device):
             epoch, place = divmod(step, per_epoch)

@@ -187,3 +187,15 @@ def test_what_waits_for_a_result_runs_uncaptured():
         found = Captured(waits)(batch, 3, {'kl_weight': 1.})
     assert any('cannot be recorded' in str(warning.message) for warning in caught)
     torch.testing.assert_close(found, learn(batch, 3, {'kl_weight': 1.}))
+
+@needs_gpu
+def test_rehearsals_leave_no_trace():
+    model = network(WHOLE, torch.float32).cuda()
+    learn, calls = learn_with(model), torch.zeros((), device='cuda')
+    def counted(batch, glimpses, weights):
+        calls.add_(1)
+        return learn(batch, glimpses, weights)
+    captured = Captured(counted, [calls])
+    for glimpses in (3, 3, 2):
+        captured([torch.rand(4, 3, 5, 7), torch.randn(glimpses, 4, 3)], glimpses, {'kl_weight': 1.})
+    assert calls.item() == 3

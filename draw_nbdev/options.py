@@ -119,8 +119,8 @@ MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, weight_decay=0.1, aver
                     kl_warmup=0, precision='auto')
 READ = replace(MUON, epochs=180, learning_rate=1e-3, clip_norm=1.0)
 RECIPES = {
-    'mnist': replace(MUON, epochs=150),
-    'mnist_no_attention': replace(MUON, epochs=50),
+    'mnist': replace(MUON, epochs=150, weight_decay=0.02),
+    'mnist_no_attention': replace(MUON, epochs=80),
     'svhn': replace(MUON, epochs=50),
     'cifar10': replace(MUON, epochs=100, growth=((16, 10), (32, 20))),
     'two_digits': replace(MUON, epochs=100),

@@ -156,7 +156,7 @@ if __name__ == '__main__':
     known = {r['name']: r for r in json.loads(OUT.read_text(encoding='utf-8'))['rows']} if OUT.is_file() else {}
     known[row['name']] = row
     study = {'data': 'mnist_fixed', 'glimpses': 8, 'base': {key: getattr(BASE, key) for key in SHOWN},
-             'rows': [known[name] for name in VARIANTS if name in known]}
+             'rows': [known[name] for name in dict.fromkeys([*VARIANTS, *known]) if name in known]} # those of `draw train` stay
     write_text(OUT, json.dumps(study, indent=1) + '\n')
     value = f'{row["valid_bound"]:7.2f} nats' if 'valid_bound' in row else f'{100 * row["valid_error"]:7.2f} %'
     print(f'{row["name"]:24} {value}, {row["cpu_seconds"] / 60:5.1f} CPU minutes', flush=True)

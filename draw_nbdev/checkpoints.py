@@ -135,8 +135,10 @@ def read_run(
         run = json.loads(file.read_text(encoding='utf-8'))
         options = {**asdict(TrainOptions()), **run['options']} # some are younger than the run
         first = {'from_step': 0, 'epochs': options['epochs'], 'precision': options['precision']}
-        run = {**run, 'options': options, 'segments': run.get('segments', [first])}
-        for part in ('config', 'options', 'data'): run[part].items()
+        task = run.get('task', {})
+        if isinstance(task, str): task = {'kind': task} # of a run before tasks had settings
+        run = {**run, 'options': options, 'task': task, 'segments': run.get('segments', [first])}
+        for part in ('config', 'options', 'data', 'task'): run[part].items()
         for segment in run['segments']: segment['from_step'] + 0
         return run
 
@@ -147,10 +149,9 @@ def differences(
 ) -> list[str]: # Such as 'options.seed 1 there, 0 here'
     "What keeps a run from going on under another description"
     free = {'options.epochs', 'options.precision'}
-    there, here = ({f'{part}.{name}': value for part in ('config', 'options', 'data')
-                    for name, value in run[part].items()} | {'task': run.get('task')}
-                   for run in (there, here))
-    free |= {name for name in ('task', 'data.levels', 'data.kind') if there.get(name) is None}
+    there, here = ({f'{part}.{name}': value for part in ('config', 'options', 'data', 'task')
+                    for name, value in run[part].items()} for run in (there, here))
+    free |= {name for name in here.keys() - there.keys() if name.startswith(('data.', 'task.'))}
     names = sorted(name for name in there.keys() | here.keys() if name not in free)
     return [f'{name} {str(there.get(name))[:99]} there, {here.get(name)} here'
             for name in names if there.get(name) != here.get(name)]

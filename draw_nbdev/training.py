@@ -307,8 +307,10 @@ def describe(
     data = {'name': train_set.name, 'note': train_set.note,
             'train': train_set.checksum, 'valid': valid_set.checksum,
             'levels': train_set.levels, 'kind': type(train_set).__name__}
+    settings = {name: value for name, value in vars(task).items()
+                if value is None or isinstance(value, (bool, int, float, str))}
     return {'config': asdict(config), 'options': json.loads(json.dumps(asdict(options))),
-            'version': __version__, 'data': data, 'task': type(task).__name__}
+            'version': __version__, 'data': data, 'task': {**settings, 'kind': type(task).__name__}}
 
 # %% ../nbs/22_training.ipynb #d0328de1
 def updates_left(

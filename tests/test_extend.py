@@ -13,8 +13,9 @@ from PIL import Image
 from torch import distributions, nn
 import draw_nbdev.model as model_module
 from draw_nbdev.attention import AttentiveRead
-from draw_nbdev.checkpoints import differences
-from draw_nbdev.classifier import Convolutional, ConvolutionalConfig, classification_error
+from draw_nbdev.checkpoints import differences, read_run
+from draw_nbdev.classifier import (ClassifyTask, Convolutional, ConvolutionalConfig,
+                                   classification_error)
 from draw_nbdev.data import Images
 from draw_nbdev.data_sets import find
 from draw_nbdev.digits import LabelledImages
@@ -251,14 +252,14 @@ def test_a_folder_named_like_a_data_set(tmp_path):
     save_images(tmp_path / 'mnist', 20)
     assert find(tmp_path / 'mnist', 'train').name == 'mnist_images'
 
-def test_runs_differ_by_what_they_learn():
+def test_runs_differ_by_what_they_learn(tmp_path):
     "Levels, kind of data and task; runs from before these were written down go on"
     class Louder(Task): pass
     class Redrawn(Images): pass
     given = SMALL, toy(), toy('valid'), QUICK
     run = describe(*given, Task())
     assert differences(run, describe(*given, Task())) == []
-    assert differences(run, describe(*given, Louder())) == ['task Task there, Louder here']
+    assert differences(run, describe(*given, Louder())) == ['task.kind Task there, Louder here']
     redrawn = describe(SMALL, toy(kind=Redrawn), toy('valid'), QUICK, Task())
     assert differences(run, redrawn) == ['data.kind Images there, Redrawn here']
     grey = Images(toy().pixels * 2, 'toy', 'train', levels=2)
@@ -268,7 +269,21 @@ def test_runs_differ_by_what_they_learn():
     old = json.loads(json.dumps(run))
     for name in ('levels', 'kind'): del old['data'][name]
     del old['task']
-    assert differences(old, run) == []
+    file = tmp_path / 'run.json'
+    file.write_text(json.dumps(old), encoding='utf-8')
+    assert differences(read_run(file), run) == []
+
+def test_another_setting_of_a_task_is_another_run(tmp_path):
+    "Numbers, texts and nothing; a run from before they were written down goes on"
+    def run(limit):
+        return describe(SMALL, toy(), toy('valid'), QUICK, ClassifyTask(Convolutional, limit=limit))
+    assert run(64)['task'] == {'every_glimpse': False, 'limit': 64, 'kind': 'ClassifyTask'}
+    assert differences(run(64), run(64)) == []
+    assert differences(run(64), run(None)) == ['task.limit 64 there, None here']
+    assert differences(run(None), run(64)) == ['task.limit None there, 64 here']
+    file = tmp_path / 'run.json'
+    file.write_text(json.dumps({**run(64), 'task': 'ClassifyTask'}), encoding='utf-8')
+    assert differences(read_run(file), run(16)) == []
 
 @pytest.mark.parametrize('wrong', [dict(epochs=1.5), dict(batch_size=50.), dict(clip_norm='1'),
                                    dict(learning_rate='0.1'), dict(seed=True)])

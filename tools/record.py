@@ -7,10 +7,13 @@ The test values come from tools/use_test_set.py."""
 import argparse, json
 from dataclasses import asdict
 from pathlib import Path
+import torch
+from torch import Tensor
 from draw_nbdev.classifier import CLASSIFIERS
-from draw_nbdev.data_sets import DATA_SETS
+from draw_nbdev.data import Images
+from draw_nbdev.data_sets import DATA_SETS, find
 from draw_nbdev.files import write_text
-from draw_nbdev.model import PRESETS
+from draw_nbdev.model import DRAW, PRESETS
 from draw_nbdev.options import TrainOptions, recipe, with_epochs
 from draw_nbdev.checkpoints import read_metrics
 
@@ -42,6 +45,19 @@ def flags_for(recorded, config, sizes, network, kind, chosen):
     if options.every_glimpse != usual.every_glimpse: words.append('--every-glimpse' if options.every_glimpse else '--last-glimpse')
     return (['--recipe', 'paper'] if kind == 'paper' else []) + words
 
+@torch.no_grad()
+def read_path(
+    model: DRAW, # With attention
+    data: Images, # Images to read
+    count: int = 1000, # The first so many of them
+) -> Tensor: # Of the read windows, means over images: centre x, centre y and side, in pixels, shape (glimpses, 3)
+    "Where a network looks, step by step"
+    images, T = data.batch(torch.arange(min(count, len(data)))), model.config.glimpses
+    noise = torch.randn(T, len(images), model.config.latent_size, generator=torch.Generator().manual_seed(0))
+    windows = model.eval().reconstruct(images, noise).read_windows
+    side = (model.config.read_size - 1) * windows.stride
+    return torch.stack([windows.center_x, windows.center_y, side], dim=-1).mean(1)
+
 def record(
     run: Path, # Folder of the run
     name: str, # What the result is called
@@ -52,12 +68,15 @@ def record(
     rows = [row for row in read_metrics(run) if row['split'] == 'valid']
     unpacked, segments = run / 'unpacked.json', history['segments']
     chosen = next(row for row in rows if row['epoch'] + 1 == history['epochs'])
+    path = {}
+    if history['config'].get('attention') and history['data']['name'] in DATA_SETS:
+        path['read_path'] = read_path(DRAW.from_pretrained(run / 'best'), find(history['data']['name'], 'valid')).tolist()
     return {'name': name, 'data': history['data']['name'], 'data_note': history['data']['note'],
             'checksums': {k: history['data'][k] for k in ('train', 'valid')},
             'seed': history['options']['seed'], 'epochs': history['epochs'],
             'cpu_hours': history['cpu_seconds'] / 3600, 'hours': history['seconds'] / 3600,
             **{f'valid_{key}': chosen[key] for key in (score, f'{score}_se', *others)},
-            **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
+            **{key: chosen[key] for key in ('kl_per_step',) if key in chosen}, **path,
             'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
             **{key: segments[-1][key] for key in ('hardware', 'software')}, 'segments': segments,
             **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py

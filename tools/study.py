@@ -4,8 +4,8 @@
 
 MNIST on the fixed binarisation without attention, 8 glimpses, three epochs; one choice at a time differs from the base. The last rows are the network with
 attention at 16 glimpses: three seeds, and the choices that may matter more there; then the recipe of `draw train mnist`, its first window, optimisers,
-rates, clipping, and its stages beside those of the recipe before it; last classifiers. Rows named with --only are run and replace those of the same name in the
-file. About four hours of one core; the test images are not used."""
+rates, clipping, and its stages beside those of the recipe before it; the path of the window, for two first windows; last classifiers. Rows named with --only are run and replace those of the same name in the
+file. About five hours of one core; the test images are not used."""
 import argparse, json, subprocess, sys
 from dataclasses import replace
 from math import log
@@ -19,6 +19,7 @@ from draw_nbdev.model import DRAW, DRAWConfig, preset
 from draw_nbdev.options import RECIPES, TrainOptions
 from draw_nbdev.checkpoints import read_metrics
 from draw_nbdev.training import Task, machine, train
+from record import read_path
 
 BASE = TrainOptions(epochs=3, learning_rate=1.5e-3, precision='bf16')
 ATTENTION = dict(attention=True, glimpses=16)
@@ -54,6 +55,20 @@ class FirstWindow(Task):
         model = super().start(config, train_set)
         for window, size in ((model.read.window, config.read_size), (model.write.window, config.write_size)):
             with torch.no_grad(): window.bias[2] = 2 * log(max(1, self.share * (config.width - 1) / (size - 1)))
+        return model
+
+class Watched(Task):
+    "Logs where the read window lies, step by step, after every epoch"
+    def validate(self, model, data, glimpses, limit):
+        path = [[round(value, 1) for value in place] for place in read_path(model, data).tolist()]
+        return {**super().validate(model, data, glimpses, limit), 'read_path': path}
+
+class SmallWindows(Watched):
+    "Fresh windows 6 pixels wide for reading and 9 for writing, instead of as wide as the image"
+    def start(self, config, train_set):
+        model = super().start(config, train_set)
+        for window, side in ((model.read.window, 6), (model.write.window, 9)):
+            with torch.no_grad(): window.bias[3] = log(side / (config.width - 1))
         return model
 
 class WeightNormDRAW(DRAW):
@@ -114,6 +129,10 @@ VARIANTS |= {
     'T = 64 from the start, 1 pixel': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), PIXEL),
 }
 
+EIGHT = replace(RECIPES['mnist'], epochs=8, precision='bf16')
+VARIANTS |= {f'path, seed {seed}': ('path', around(EIGHT, seed=seed), ATTENTION, Watched()) for seed in range(3)}
+VARIANTS |= {f'path, small windows, seed {seed}': ('path', around(EIGHT, seed=seed), ATTENTION, SmallWindows()) for seed in range(4)}
+
 READING = TrainOptions(epochs=12, learning_rate=2e-3, kl_warmup=0, clip_norm=1.0, decay=0.4, valid_images=5000)
 SEARCHING = replace(RECIPES['cluttered_8'], epochs=8, decay=0.01, weight_decay=0., optimizer='adam', precision='bf16', valid_images=5000) # Eight glimpses at a constant rate
 
@@ -141,7 +160,7 @@ def run(
     rows = [row for row in read_metrics(folder) if row['split'] == 'valid']
     return {'name': name, 'part': part, 'changes': VARIANTS[name][1] | sizes, **{f'valid_{key}': rows[-1][key] for key in (score, f'{score}_se', other)},
             'images': options.valid_images or len(valid_set), 'epochs': rows[-1]['epoch'] + 1, 'cpu_seconds': rows[-1]['cpu_seconds'],
-            **machine(torch.device('cpu')), 'curve': [{key: row[key] for key in ('epoch', 'glimpses', score, 'cpu_seconds')} for row in rows]}
+            **machine(torch.device('cpu')), 'curve': [{key: row[key] for key in ('epoch', 'glimpses', score, 'cpu_seconds', 'read_path') if key in row} for row in rows]}
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

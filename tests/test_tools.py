@@ -193,6 +193,20 @@ def test_record(record, tmp_path):
     assert result['config'] == history['config'] and result['options']['epochs'] == 3
     assert result['hardware'] == 'a GPU' and result['segments'] == history['segments']
 
+def test_read_path(record):
+    "Mean centre and side of the read windows at every step"
+    config = DRAWConfig(height=9, width=7, glimpses=3, hidden_size=6, latent_size=4, read_size=3)
+    torch.manual_seed(0)
+    model = DRAW(config)
+    images = Images(torch.randint(2, (5, 1, 9, 7), dtype=torch.uint8), 'toy', 'valid', levels=1)
+    path = record.read_path(model, images)
+    noise = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    steps = list(model.steps(images.batch(torch.arange(5)), noise))
+    for place, step in zip(path, steps, strict=True):
+        w = step.read_window
+        expected = [w.center_x.mean(), w.center_y.mean(), 2 * w.stride.mean()]
+        torch.testing.assert_close(place, torch.stack(expected))
+
 @pytest.mark.parametrize('kind, name, outcome', [
     ('bound', 'mnist', OUTCOME), ('bound', 'two_digits', OUTCOME), ('error', 'cluttered_4', ERROR)])
 def test_use_of_the_test_set(kind, name, outcome, record, tool, tmp_path):

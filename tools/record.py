@@ -68,15 +68,12 @@ def record(
     rows = [row for row in read_metrics(run) if row['split'] == 'valid']
     unpacked, segments = run / 'unpacked.json', history['segments']
     chosen = next(row for row in rows if row['epoch'] + 1 == history['epochs'])
-    path = {}
-    if history['config'].get('attention') and history['data']['name'] in DATA_SETS:
-        path['read_path'] = read_path(DRAW.from_pretrained(run / 'best'), find(history['data']['name'], 'valid')).tolist()
     return {'name': name, 'data': history['data']['name'], 'data_note': history['data']['note'],
             'checksums': {k: history['data'][k] for k in ('train', 'valid')},
             'seed': history['options']['seed'], 'epochs': history['epochs'],
             'cpu_hours': history['cpu_seconds'] / 3600, 'hours': history['seconds'] / 3600,
             **{f'valid_{key}': chosen[key] for key in (score, f'{score}_se', *others)},
-            **{key: chosen[key] for key in ('kl_per_step',) if key in chosen}, **path,
+            **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
             'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
             **{key: segments[-1][key] for key in ('hardware', 'software')}, 'segments': segments,
             **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py
@@ -87,6 +84,8 @@ if __name__ == '__main__':
     parser.add_argument('run', type=Path)
     parser.add_argument('name')
     arguments = parser.parse_args()
-    out = Path('results') / f'{arguments.name}.json'
-    write_text(out, json.dumps(record(arguments.run, arguments.name), indent=1) + '\n')
+    out, result = Path('results') / f'{arguments.name}.json', record(arguments.run, arguments.name)
+    if result['data'] == 'mnist_fixed' and result['config']['attention']:
+        result['read_path'] = read_path(DRAW.from_pretrained(arguments.run / 'best'), find('mnist_fixed', 'valid')).tolist()
+    write_text(out, json.dumps(result, indent=1) + '\n')
     print(out)

@@ -125,7 +125,7 @@ RECIPES = {
     'cifar10': replace(MUON, epochs=100, growth=((16, 10), (32, 20))),
     'two_digits': replace(MUON, epochs=100),
     'cluttered_4': READ,
-    'cluttered_8': READ,
+    'cluttered_8': replace(READ, epochs=300, weight_decay=0.03),
     'cluttered_convolutional': TrainOptions(epochs=280, kl_warmup=0, clip_norm=1.0),
 }
 

@@ -159,7 +159,7 @@ def differences(
 # %% ../nbs/63_checkpoints.ipynb #7c574b0e
 def open_run(
     out: Path, # Folder of the run
-    description: dict, # With config, options, data and version
+    description: dict, # With config, options, data, task and version
 ) -> dict | None: # Description of the run that is there
     "The run in `out`, None if it is new; raises `ValueError` where another run is there"
     file, best = out / 'run.json', out / 'best'

@@ -307,8 +307,9 @@ def describe(
     data = {'name': train_set.name, 'note': train_set.note,
             'train': train_set.checksum, 'valid': valid_set.checksum,
             'levels': train_set.levels, 'kind': type(train_set).__name__}
+    plain = bool, int, float, str, type(None)
     settings = {name: value for name, value in vars(task).items()
-                if value is None or isinstance(value, (bool, int, float, str))}
+                if isinstance(value, plain) and not name.startswith('_')}
     return {'config': asdict(config), 'options': json.loads(json.dumps(asdict(options))),
             'version': __version__, 'data': data, 'task': {**settings, 'kind': type(task).__name__}}
 

@@ -281,6 +281,10 @@ def test_another_setting_of_a_task_is_another_run(tmp_path):
     assert differences(run(64), run(64)) == []
     assert differences(run(64), run(None)) == ['task.limit 64 there, None here']
     assert differences(run(None), run(64)) == ['task.limit None there, 64 here']
+    counting = Task()
+    counting.beta, counting._count = 2., 3
+    assert describe(SMALL, toy(), toy('valid'), QUICK, counting)['task'] == {
+        'beta': 2., 'kind': 'Task'} # what a task counts for itself is no setting
     file = tmp_path / 'run.json'
     file.write_text(json.dumps({**run(64), 'task': 'ClassifyTask'}), encoding='utf-8')
     assert differences(read_run(file), run(16)) == []

@@ -504,12 +504,12 @@ def test_cpu_time_of_all_processes(start, tmp_path):
 class Timed(training.Task):
     "An update takes a second by a clock that is set by hand, and ten of CPU"
     def __init__(self, patch):
-        self.now = 100.
-        patch.setattr(training, 'perf_counter', lambda: self.now)
-        patch.setattr(training, 'process_time', lambda: 10 * self.now)
+        self._now = 100.
+        patch.setattr(training, 'perf_counter', lambda: self._now)
+        patch.setattr(training, 'process_time', lambda: 10 * self._now)
 
     def loss(self, *arguments, **more):
-        self.now += 1
+        self._now += 1
         return super().loss(*arguments, **more)
 
 def test_time_goes_on(tmp_path, monkeypatch):
@@ -518,7 +518,7 @@ def test_time_goes_on(tmp_path, monkeypatch):
     for batches in (9, math.inf): # the second time from update 8
         images.left = batches
         try: train(CONFIG, images, toy_images('valid'), tmp_path / 'run', OPTIONS, task)
-        except InterruptedError: task.now += 1000
+        except InterruptedError: task._now += 1000
     rows = read_metrics(tmp_path / 'run')
     valid = [row for row in rows if row['split'] == 'valid']
     assert [row['seconds'] for row in valid] == pytest.approx([6, 12, 18])

@@ -1,6 +1,7 @@
 """Write down what came out of a finished run: results/NAME.json.
 
-    python tools/record.py RUN NAME        the run's own history and its validation curve
+    python tools/record.py RUN NAME        the run's own history and its validation curve; for a network with a window on the fixed binarisation,
+                                           whose images must be at hand, where it looks
 
 Values of a DRAW network are in nats per image, errors of a classifier are shares between 0 and 1.
 The test values come from tools/use_test_set.py."""

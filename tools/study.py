@@ -4,8 +4,9 @@
 
 MNIST on the fixed binarisation without attention, 8 glimpses, three epochs; one choice at a time differs from the base. The last rows are the network with
 attention at 16 glimpses: three seeds, and the choices that may matter more there; then the recipe of `draw train mnist`, its first window, optimisers,
-rates, clipping, and its stages beside those of the recipe before it; the path of the window, for two first windows; last classifiers. Rows named with --only are run and replace those of the same name in the
-file. About five hours of one core; the test images are not used."""
+rates, clipping, and its stages beside those of the recipe before it; the path of the window, for two first windows;
+last classifiers. Rows named with --only are run and replace those of the same name in the file; those that are not in `VARIANTS` are from `draw train`.
+About five hours of one core; the test images are not used."""
 import argparse, json, subprocess, sys
 from dataclasses import replace
 from math import log
@@ -124,8 +125,8 @@ VARIANTS |= {
     'adam 3e-3, weight norm': ('weight normalisation', around(ADAM), ATTENTION, WeightNorm()),
     'muon, KL warm-up': ('KL warm-up with attention', around(RECIPE, kl_warmup=1000), ATTENTION, Task()),
     'T = 64 from the start': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), Task()), # in the time of three epochs at 16
-    '18 epochs at T = 64, falling rate': ('falling rate', around(FALLING), ATTENTION | dict(glimpses=64), Task()),
-    '18 epochs at T = 64, falling rate, weight decay': ('falling rate', around(FALLING, weight_decay=0.1), ATTENTION | dict(glimpses=64), Task()),
+    '18 epochs at T = 64, falling rate': ('falling rate', around(FALLING), ATTENTION | dict(glimpses=64), Watched()),
+    '18 epochs at T = 64, falling rate, weight decay': ('falling rate', around(FALLING, weight_decay=0.1), ATTENTION | dict(glimpses=64), Watched()),
     'T = 64 from the start, 1 pixel': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), PIXEL),
 }
 

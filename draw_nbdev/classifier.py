@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from .attention import filters, read_patch
 from .data import Images
 from .evaluation import evaluating
@@ -29,6 +28,7 @@ from .model import (DRAW, LSTMCell, Pretrained, check_sizes, find_config, preset
 from .muon import make_optimizers
 from .options import RECIPES, TrainOptions
 from .plots import READ_COLOR, draw_windows, image_grid
+from .processes import in_shares
 from .training import Task, train
 
 # %% ../nbs/28_classifier.ipynb #03a1eaad
@@ -253,6 +253,7 @@ def classification_error(
     glimpses: int | None = None, # Steps; the configuration's if None
     limit: int | None = None, # Classify the first `limit` images only; all if None
     rows: int = 500, # Images in one pass: bounds the memory
+    together: bool = False, # All processes of a run call this, and each classifies a share
 ) -> Classification: # Raises `ValueError` where images and network do not fit
     "Classify a set; the same numbers again for the same arguments"
     check_labelled(data)
@@ -260,17 +261,19 @@ def classification_error(
         if value is not None and value < 1:
             raise ValueError('glimpses and limit must be at least 1')
     count, device = min(limit or len(data), len(data)), next(model.parameters()).device
-    wrong, losses = [], []
-    starts = range(0, count, rows)
+
+    def compute(start):
+        indices = torch.arange(start, min(start + rows, count))
+        images, labels = data.batch_with_labels(indices, torch.Generator().manual_seed(start))
+        logits = model(images.to(device), glimpses).logits.cpu()
+        return logits.argmax(1) != labels, cross_entropy(logits, labels, reduction='none')
+
     with evaluating(model):
-        for start in tqdm(starts, disable=None, leave=False, desc=f'{data.name} {data.split}'):
-            indices = torch.arange(start, min(start + rows, count))
-            images, labels = data.batch_with_labels(indices, torch.Generator().manual_seed(start))
-            logits, labels = model(images.to(device), glimpses).logits, labels.to(device)
-            wrong.append(logits.argmax(1) != labels)
-            losses.append(cross_entropy(logits, labels, reduction='none'))
-    error = torch.cat(wrong).double().mean().item()
-    error_se, loss = (error * (1 - error) / count)**0.5, torch.cat(losses).double().mean().item()
+        starts = list(range(0, count, rows))
+        parts = in_shares(compute, starts, together, f'{data.name} {data.split}')
+    wrong, losses = (torch.cat(values).double() for values in zip(*parts))
+    error, loss = wrong.mean().item(), losses.mean().item()
+    error_se = (error * (1 - error) / count)**0.5
     return Classification(data.name, data.split, data.note, count,
                           glimpses or model.config.glimpses, error, error_se, loss)
 
@@ -318,7 +321,7 @@ class ClassifyTask(Task):
 
     def validate(self, model, data, glimpses, limit):
         "Error and cross-entropy"
-        result = classification_error(model, data, glimpses, limit)
+        result = classification_error(model, data, glimpses, limit, together=True)
         return {name: getattr(result, name) for name in ('error', 'error_se', 'cross_entropy')}
 
 # %% ../nbs/28_classifier.ipynb #f1331a53

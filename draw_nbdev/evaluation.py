@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .data import Images, check_images
-from .loss import Bound, bound, importance_weighted_bound
+from .loss import bound, importance_weighted_bound
 from .model import DRAW
+from .processes import in_shares
 
 # %% ../nbs/24_evaluation.ipynb #da63ccad
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ def _bound_of_part(
     stop: int, # The one after the last
     glimpses: int, # Steps, T
     seed: int, # Of the evaluation
-) -> Bound: # Terms of shape (stop - start,), and (glimpses, stop - start)
+) -> list[Tensor]: # L, L^x, L^z of shape (stop - start,), L^z_t of (glimpses, stop - start)
     "The bound of some images, with noise that belongs to seed and place"
     device = model.initial_canvas.device
     generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
     images = data.batch(torch.arange(start, stop), generator)
     noise = torch.randn(glimpses, len(images), model.config.latent_size, generator=generator)
     output = model(images.to(device), noise.to(device))
-    return bound(output, images.to(device), model.likelihood)
+    return [term.cpu().double() for term in bound(output, images.to(device), model.likelihood)]
 
 # %% ../nbs/24_evaluation.ipynb #155b1575
 def _weighted_bounds(
@@ -97,6 +98,7 @@ def evaluate(
     samples: int | None = None, # Importance samples k for the tighter bound; not computed if None
     limit: int | None = None, # Evaluate the first `limit` images only; all if None
     rows: int = 500, # Images in one pass: bounds the memory
+    together: bool = False, # All processes of a run call this, and each computes a share of L
 ) -> Evaluation: # `ValueError` where images do not fit, `TypeError` for what is no `Images`
     "Bound, its parts and its errors over a set; the same numbers again for the same arguments"
     check_images(data)
@@ -110,9 +112,9 @@ def evaluate(
     with evaluating(model):
         evaluations = []
         for seed in range(seeds):
-            progress = tqdm(parts, disable=None, leave=False, desc=f'{data.name} {data.split}')
-            bounds = [_bound_of_part(model, data, *part, T, seed) for part in progress]
-            evaluations.append([torch.cat(term, dim=-1).cpu().double() for term in zip(*bounds)])
+            def compute(part): return _bound_of_part(model, data, *part, T, seed)
+            bounds = in_shares(compute, parts, together, f'{data.name} {data.split}')
+            evaluations.append([torch.cat(term, dim=-1) for term in zip(*bounds)])
         weighted = _weighted_bounds(model, data, parts, T, samples, rows) if samples else None
     total, reconstruction, latent, per_step = (torch.stack(term) for term in zip(*evaluations))
 

@@ -8,7 +8,8 @@ __all__ = ['orthogonalize', 'Muon', 'make_optimizers']
 # %% ../nbs/61_muon.ipynb #f01cd6ba
 from math import sqrt
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from .processes import place
 from .scan import multiplies_bfloat16
 
 # %% ../nbs/61_muon.ipynb #85d5f3a7
@@ -28,6 +29,24 @@ def orthogonalize(
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
+# %% ../nbs/61_muon.ipynb #54cd6328
+def directions(
+    stacks: list[Tensor], # Each of shape (parts, rows, columns)
+    together: bool, # Whether every process has the same stacks and calls this
+) -> list[Tensor]: # `orthogonalize` of each
+    "Every process turns some of the matrices; the sum of what they have is everything"
+    rank, count = place(together)
+    if count == 1 or not stacks: return [orthogonalize(stack) for stack in stacks]
+    flat, before = stacks[0].new_zeros(sum(stack.numel() for stack in stacks)), 0
+    found = [part.view_as(stack)
+             for part, stack in zip(flat.split([stack.numel() for stack in stacks]), stacks)]
+    for direction, stack in zip(found, stacks):
+        mine = slice((rank - before) % count, None, count) # all matrices are counted through
+        direction[mine] = orthogonalize(stack[mine])
+        before += len(stack)
+    distributed.all_reduce(flat)
+    return found
+
 # %% ../nbs/61_muon.ipynb #d6accd5f
 class Muon(torch.optim.Optimizer):
     "Steps along orthogonalised gradients, for weights that are matrices or stacks of matrices"
@@ -36,9 +55,11 @@ class Muon(torch.optim.Optimizer):
         lr: float, # Step size, on Adam's scale
         momentum: float = 0.95, # Decay of the gradient's moving average, at least 0 and below 1
         weight_decay: float = 0., # Share of the weights, times lr, that every step takes away
+        together: bool = False, # All processes of a run take the same steps, and share the work
     ):
         groups = [{'params': [weight], 'parts': parts} for weight, parts in stacks]
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.together = together
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -46,15 +67,17 @@ class Muon(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
-        for group in self.param_groups:
+        groups = [group for group in self.param_groups if group['params'][0].grad is not None]
+        ahead = []
+        for group in groups:
             weight, momentum = group['params'][0], group['momentum']
-            if weight.grad is None: continue
             if not self.state[weight]: self.state[weight]['average'] = torch.zeros_like(weight)
             average = self.state[weight]['average'].lerp_(weight.grad, 1 - momentum)
-            ahead = weight.grad.lerp(average, momentum).unflatten(0, (group['parts'], -1))
-            direction = orthogonalize(ahead).flatten(0, 1)
+            ahead.append(weight.grad.lerp(average, momentum).unflatten(0, (group['parts'], -1)))
+        for group, direction in zip(groups, directions(ahead, self.together)):
+            weight, scale = group['params'][0], 0.2 * sqrt(max(direction.shape[1:]))
             weight.mul_(1 - group['lr'] * group['weight_decay'])
-            weight.add_(direction, alpha=-group['lr'] * 0.2 * sqrt(max(ahead.shape[1:])))
+            weight.add_(direction.flatten(0, 1), alpha=-group['lr'] * scale)
         return loss
 
 # %% ../nbs/61_muon.ipynb #3c0d60e6
@@ -69,7 +92,8 @@ def make_optimizers(
     matrices = [weight for weight, _ in stacks]
     rest = [p for p in model.parameters() if all(p is not weight for weight in matrices)]
     if name == 'muon':
-        return [torch.optim.Adam(rest, lr=lr), Muon(stacks, lr=lr, weight_decay=weight_decay)]
+        return [torch.optim.Adam(rest, lr=lr),
+                Muon(stacks, lr=lr, weight_decay=weight_decay, together=True)]
     if not weight_decay: return [torch.optim.Adam(model.parameters(), lr=lr)]
     groups = {'params': matrices, 'weight_decay': weight_decay}, {'params': rest}
     return [torch.optim.AdamW(groups, lr=lr, weight_decay=0.)]

@@ -133,8 +133,8 @@ class Task:
         glimpses: int, # Steps, T
         limit: int | None, # Use the first so many; all if None
     ) -> dict[str, float | list[float]]: # `score` among them
-        "Values over validation images, to log and to choose by"
-        result = evaluate(model, data, glimpses=glimpses, limit=limit)
+        "Values over validation images, to log and to choose by; all processes call it"
+        result = evaluate(model, data, glimpses=glimpses, limit=limit, together=True)
         names = 'bound', 'reconstruction', 'latent', 'bound_se', 'kl_per_step'
         return {name: getattr(result, name) for name in names}
 
@@ -258,9 +258,9 @@ class Record:
     ) -> None:
         "A line of validation, and the averaged weights if they are the best so far"
         done, progress = self.progress['step'], self.progress
+        model, limit = self.averaged.module, self.options.valid_images
+        result = task.validate(model, valid_set, glimpses, limit)
         if self.main:
-            model, limit = self.averaged.module, self.options.valid_images
-            result = task.validate(model, valid_set, glimpses, limit)
             times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
             score = result[task.score]
             self.log.write(done, epoch, 'valid', glimpses, **result, **times)

@@ -1,6 +1,6 @@
 """`draw train` that is the first of several processes: progress, errors, Ctrl-C, kill and
 resuming behave as with one"""
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -130,3 +130,67 @@ def test_errors_come_once(folder, whole):
     code, said = end(draw(folder, 'none', 12, RANK='0', WORLD_SIZE='1'))
     assert code == 2 and 'leave --processes out' in said
     assert sorted(folder.rglob('*')) == before
+
+SHARED = """
+import torch
+from torch import distributed, nn
+from draw_nbdev.classifier import DifferentiableRAM, RAMConfig, classification_error
+from draw_nbdev.data import load
+from draw_nbdev.digits import LabelledImages
+from draw_nbdev.evaluation import evaluate
+from draw_nbdev.model import DRAW, preset
+from draw_nbdev.muon import Muon
+
+distributed.init_process_group('gloo')
+torch.manual_seed(0)
+network, digits = DRAW(preset('mnist', glimpses=2, hidden_size=8)), load('mnist_once', 'valid')
+for few in (dict(limit=23, rows=5, seeds=2), dict(limit=2)):
+    assert evaluate(network, digits, together=True, **few) == evaluate(network, digits, **few)
+reader = DifferentiableRAM(RAMConfig(7, 9, glimpses=2, hidden_size=6, read_size=3, classes=3))
+pixels, labels = torch.rand(11, 1, 7, 9), torch.arange(11) % 3
+seven = LabelledImages(pixels, labels, 'seven', 'valid', 'made up')
+for rows in (2, 20):
+    together, alone = (classification_error(reader, seven, rows=rows, together=yes)
+                       for yes in (True, False))
+    assert together == alone
+
+shapes = (8, 5), (4, 9), (2, 3)
+weights = [[nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2)]
+optimizers = [Muon(list(zip(mine, (4, 2, 1))), lr=0.1, together=together)
+              for mine, together in zip(weights, (True, False))]
+for step in range(3):
+    for mine, other in zip(*weights):
+        mine.grad = torch.randn(mine.shape) if len(mine) > 2 or step else None # the last one later
+        other.grad = mine.grad
+    for optimizer in optimizers: optimizer.step()
+for optimizer in optimizers:
+    optimizer.zero_grad()
+    optimizer.step() # nothing to share
+for mine, other in zip(*weights): assert torch.equal(mine, other) and (mine != 1).any()
+print('the same')
+"""
+
+@pytest.mark.parametrize('count', [2, 3])
+def test_shares_make_up_the_whole(count, tmp_path):
+    "Bounds, errors and updates of Muon: what processes compute together is what one computes alone"
+    (tmp_path / 'shared.py').write_text(SHARED)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    environment = {
+        **os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'OMP_NUM_THREADS': '1',
+        'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'WORLD_SIZE': str(count),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / 'shared.py'], env={**environment, 'RANK': str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        for process in started:
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == 0 and said.endswith('the same\n'), said
+    finally:
+        for process in started: process.kill()

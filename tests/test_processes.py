@@ -140,8 +140,11 @@ from draw_nbdev.digits import LabelledImages
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.model import DRAW, preset
 from draw_nbdev.muon import Muon
+from draw_nbdev.processes import in_shares
 
 distributed.init_process_group('gloo')
+for parts in ([7, 1, 5, 2], [3], []):
+    assert in_shares(str, parts, True, 'numbers') == [str(part) for part in parts]
 torch.manual_seed(0)
 network, digits = DRAW(preset('mnist', glimpses=2, hidden_size=8)), load('mnist_once', 'valid')
 for few in (dict(limit=23, rows=5, seeds=2), dict(limit=2)):

@@ -81,7 +81,7 @@ def load_state(
             raise ValueError('progress.json belongs to another state')
         accelerator.load_state(states[-1])
         averaged.load_state_dict(load_file(states[-1] / 'averaged.safetensors'))
-        for name, value in averaged.state_dict().items():
+        for name, value in averaged.named_parameters():
             if not value.isfinite().all(): raise ValueError(f'{name} is not finite')
         return progress
 
@@ -186,7 +186,7 @@ def check_epochs(
     per_epoch: int, # Updates in an epoch
 ) -> None:
     "Raise `ValueError` for fewer epochs than the run has begun to end with"
-    old = TrainOptions(**before)
+    old = type(now)(**before)
     if now.epochs >= old.epochs or not done: return
     rates = [learning_rate(options, done - 1, per_epoch * options.epochs) for options in (old, now)]
     if done > per_epoch * now.epochs or rates[0] != rates[1]:

@@ -27,7 +27,7 @@ from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_sta
 from .data import Images, check_images
 from .compiled import can_compile
 from .evaluation import evaluate
-from .files import remove_partial, write_json
+from .files import md5, remove_partial, reraise_as, write_json
 from .graph import Captured, prepared
 from .loss import bound
 from .model import DRAW, DRAWConfig, LSTMCell
@@ -88,7 +88,7 @@ class Task:
         model: nn.Module, # As `start` returned it, on its device
         options: TrainOptions, # Of the run
     ) -> list[torch.optim.Optimizer]:
-        "What changes the weights: Adam alone, or Muon for the matrices and Adam for the rest"
+        "Adam, or Muon and Adam; the run's schedule scales the rates that they are made with"
         cells = [cell for cell in (model.encoder, model.decoder) if isinstance(cell, LSTMCell)]
         stacks = [*((cell.gates.weight, 4) for cell in cells), (model.posterior.weight, 2)]
         o = options
@@ -262,7 +262,10 @@ class Record:
         result = task.validate(model, valid_set, glimpses, limit)
         if self.main:
             times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
-            score = result[task.score]
+            score = result.get(task.score)
+            if not (isinstance(score, (int, float)) and isfinite(score)):
+                raise ValueError(f'validation gave {task.score} = {score}, and weights are chosen '
+                                 'by a finite number: mend the validate or the score of the task')
             self.log.write(done, epoch, 'valid', glimpses, **result, **times)
             first = progress['best'] is None or glimpses != progress['best_glimpses']
             if first or score < progress['best']:
@@ -295,6 +298,35 @@ def check_run(
         raise ValueError(f'{len(train_set)} images are fewer than one batch of '
                          f'{options.batch_size}: choose a smaller batch size')
 
+# %% ../nbs/22_training.ipynb #5272ffd6
+def check_start(
+    model: nn.Module, # What the task starts with
+    config: DRAWConfig, # What the run is to train
+) -> None:
+    "Raise `ValueError` where their sizes differ; parts may be the task's own"
+    made = asdict(model.config) if hasattr(model, 'config') else {}
+    for name, value in asdict(config).items():
+        if not name.endswith('_part') and made.get(name, value) != value:
+            raise ValueError(f'the task starts with a network of {name} {made[name]}, and the run '
+                             f'is to have {value}: make it of the configuration that start is '
+                             'given, and load weights into that')
+
+# %% ../nbs/22_training.ipynb #89765115
+PLAIN = bool, int, float, str, type(None), tuple, list, dict # What a setting may be
+
+def settings(
+    task: Task, # Of the run
+) -> dict: # For run.json; `kind` and `network` are names of classes
+    "What a task keeps as attributes, its own or its classes', under names without underscore"
+    found = {}
+    for place in (*reversed(type(task).__mro__), task): found |= vars(place)
+    plain = {name: value for name, value in found.items()
+             if isinstance(value, PLAIN) and not name.startswith('_')}
+    with reraise_as(ValueError, f'what {type(task).__name__} keeps cannot be written to run.json: '
+                    'give it a name that begins with an underscore', TypeError, ValueError):
+        json.dumps(plain)
+    return {**plain, 'kind': type(task).__name__, 'network': task.network.__name__}
+
 # %% ../nbs/22_training.ipynb #999e1049
 def describe(
     config: DRAWConfig, # The network
@@ -307,11 +339,11 @@ def describe(
     data = {'name': train_set.name, 'note': train_set.note,
             'train': train_set.checksum, 'valid': valid_set.checksum,
             'levels': train_set.levels, 'kind': type(train_set).__name__}
-    plain = bool, int, float, str, type(None)
-    settings = {name: value for name, value in vars(task).items()
-                if isinstance(value, plain) and not name.startswith('_')}
-    return {'config': asdict(config), 'options': json.loads(json.dumps(asdict(options))),
-            'version': __version__, 'data': data, 'task': {**settings, 'kind': type(task).__name__}}
+    if hasattr(train_set, 'labels'):
+        data['labels'] = md5(torch.as_tensor(train_set.labels).cpu().numpy().tobytes())
+    said = {'config': asdict(config), 'options': asdict(options), 'version': __version__,
+            'data': data, 'task': settings(task)}
+    return json.loads(json.dumps(said)) # as it will be read again
 
 # %% ../nbs/22_training.ipynb #d0328de1
 def updates_left(
@@ -342,10 +374,13 @@ def train(
     with take_lock(out, accelerator):
         torch.manual_seed(options.seed)
         model = task.start(config, train_set).to(accelerator.device)
+        check_start(model, config)
         if can_compile(accelerator.device) and getattr(model, 'scan', None) == 'fused':
             model.scan = 'compiled'
         averaged = AveragedModel(model).eval() # what is validated and kept
         model, *optimizers = accelerator.prepare(model, *task.optimizers(model, options))
+        shares = [[group['lr'] / options.learning_rate for group in optimizer.param_groups]
+                  for optimizer in optimizers]
         progress = load_state(accelerator, averaged, out) or dict(NOTHING_DONE)
         per_epoch = len(train_set) // options.batch_size
         total = per_epoch * options.epochs
@@ -374,7 +409,8 @@ def train(
         for step, batch in prepared(make_batch, steps, accelerator.device):
             epoch, place = divmod(step, per_epoch)
             T, weights = glimpses_at(options, epoch, config.glimpses), task.weights(options, step)
-            for optimizer in optimizers: set_rate(optimizer, learning_rate(options, step, total))
+            rate = learning_rate(options, step, total)
+            for optimizer, parts in zip(optimizers, shares): set_rate(optimizer, parts, rate)
 
             values = learn(batch, T, weights)
             norm = accelerator.clip_grad_norm_(model.parameters(), options.clip_norm or inf)
@@ -412,8 +448,9 @@ def next_segments(
 
 # %% ../nbs/22_training.ipynb #c1b88df0
 def set_rate(
-    optimizer: torch.optim.Optimizer, # All its groups have the same rate
+    optimizer: torch.optim.Optimizer, # Its rates are changed
+    shares: list[float], # Of the step size, one for each of its groups
     rate: float, # Step size
 ) -> None:
-    "The learning rate of the next update"
-    for group in optimizer.param_groups: group['lr'] = rate
+    "The learning rates of the next update"
+    for group, share in zip(optimizer.param_groups, shares): group['lr'] = share * rate

@@ -23,7 +23,7 @@ from draw_nbdev.evaluation import evaluate, evaluating
 from draw_nbdev.images import image_folder
 from draw_nbdev.loss import bound, importance_weighted_bound, reconstruction_loss
 from draw_nbdev.model import DRAW, DRAWConfig, find_weights
-from draw_nbdev.options import TrainOptions
+from draw_nbdev.options import TrainOptions, learning_rate
 from draw_nbdev.training import Task, describe, train, update_average
 
 SMALL = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3,
@@ -277,17 +277,139 @@ def test_another_setting_of_a_task_is_another_run(tmp_path):
     "Numbers, texts and nothing; a run from before they were written down goes on"
     def run(limit):
         return describe(SMALL, toy(), toy('valid'), QUICK, ClassifyTask(Convolutional, limit=limit))
-    assert run(64)['task'] == {'every_glimpse': False, 'limit': 64, 'kind': 'ClassifyTask'}
+    assert run(64)['task'] == {
+        'every_glimpse': False, 'limit': 64, 'score': 'error', 'kind': 'ClassifyTask',
+        'network': 'Convolutional'}
     assert differences(run(64), run(64)) == []
     assert differences(run(64), run(None)) == ['task.limit 64 there, None here']
     assert differences(run(None), run(64)) == ['task.limit None there, 64 here']
     counting = Task()
     counting.beta, counting._count = 2., 3
     assert describe(SMALL, toy(), toy('valid'), QUICK, counting)['task'] == {
-        'beta': 2., 'kind': 'Task'} # what a task counts for itself is no setting
+        'beta': 2., 'score': 'bound', 'kind': 'Task', 'network': 'DRAW'}
+    # what a task counts for itself is no setting
     file = tmp_path / 'run.json'
     file.write_text(json.dumps({**run(64), 'task': 'ClassifyTask'}), encoding='utf-8')
     assert differences(read_run(file), run(16)) == []
+
+def test_settings_of_a_class_and_labels_are_another_run():
+    "Whatever keeps them: a class, its base, a tuple; the network; the classes of the images"
+    def run(task, train_set=None):
+        return describe(SMALL, train_set or toy(), toy('valid'), QUICK, task)
+
+    class First(Task): weight, sizes = 0.5, (1, 2)
+    class Second(First): pass
+    task = run(Second())['task']
+    assert task['weight'] == 0.5 and task['sizes'] == [1, 2] # as run.json will have it
+    for name, value, told in (('weight', 100, '0.5'), ('sizes', (3, 4), '[1, 2]'),
+                              ('score', 'latent', 'bound'), ('network', Halving, 'DRAW')):
+        class Other(Second): pass
+        setattr(Other, name, value)
+        different = differences(run(Second()), run(Other()))
+        assert len(different) == 2 and f'task.{name} {told} there' in '; '.join(different)
+    class Odd(Task): names = {'a': object()}
+    with pytest.raises(ValueError, match='begins with an underscore'): run(Odd())
+
+    one, two = (LabelledImages(toy().pixels == 1, torch.arange(8) % classes, 'toy', 'train')
+                for classes in (2, 3))
+    different = differences(run(Task(), one), run(Task(), two))
+    assert len(different) == 1 and different[0].startswith('data.labels')
+
+# Training
+
+def test_rates_of_groups_keep_their_ratio(tmp_path):
+    "The schedule scales what a task's optimiser was made with, also when a run goes on"
+    seen = []
+    class Watched(torch.optim.Adam):
+        def step(self, closure=None):
+            seen.append([group['lr'] for group in self.param_groups])
+            return super().step(closure)
+    class Groups(Task):
+        def optimizers(self, model, options):
+            decoder = list(model.decoder.parameters())
+            rest = [p for name, p in model.named_parameters() if not name.startswith('decoder')]
+            return [Watched([{'params': decoder, 'lr': 0.}, {'params': rest, 'lr': 1e-4}])]
+    for epochs in (1, 2):
+        options = replace(QUICK, epochs=epochs, learning_rate=1e-2, rate_warmup=2)
+        train(SMALL, toy(), toy('valid'), tmp_path / 'run', options, Groups())
+    assert len(seen) == 4 and all(frozen == 0 for frozen, _ in seen)
+    expected = [1e-4 * rate / 1e-2 for rate in (
+        *(learning_rate(replace(options, epochs=1), step, 2) for step in (0, 1)),
+        *(learning_rate(options, step, 4) for step in (2, 3)))]
+    np.testing.assert_allclose([rate for _, rate in seen], expected)
+
+@pytest.mark.parametrize('value', [float('nan'), None, 'low', torch.tensor(1.)])
+def test_validation_that_gives_no_number(value, tmp_path):
+    "One line, and no weights that were chosen by it"
+    class Wrong(Task):
+        def validate(self, model, data, glimpses, limit):
+            return {} if value is None else {'bound': value}
+    with pytest.raises(ValueError, match='validation gave bound = '):
+        train(SMALL, toy(), toy('valid'), tmp_path, QUICK, Wrong())
+    assert not (tmp_path / 'best').exists()
+
+def test_a_start_of_other_sizes(tmp_path):
+    "The run would say one number of steps and its weights another"
+    class Longer(Task):
+        def start(self, config, train_set): return DRAW(replace(config, glimpses=7))
+    with pytest.raises(ValueError, match='glimpses 7, and the run is to have 3'):
+        train(SMALL, toy(), toy('valid'), tmp_path / 'run', QUICK, Longer())
+
+def test_options_of_ones_own(tmp_path):
+    "A subclass of `TrainOptions` goes on like any other"
+    @dataclass(frozen=True)
+    class More(TrainOptions): weight: float = 1.
+    for epochs in (1, 2):
+        train(SMALL, toy(), toy('valid'), tmp_path, More(epochs=epochs, batch_size=4, weight=2.))
+
+# Parts
+
+class ThroughHoles(nn.Module):
+    "Writes one channel for two"
+    def __init__(self, config, *_):
+        super().__init__()
+        self.layer = nn.Linear(config.hidden_size, config.height * config.width)
+        self.size = config.height, config.width
+
+    def forward(self, hidden): return self.layer(hidden).view(-1, 1, *self.size), None
+
+def test_an_update_of_another_shape():
+    "It is not repeated over channels or images"
+    model = DRAW(replace(SMALL, attention=False), write=ThroughHoles)
+    with pytest.raises(ValueError, match=r'update of shape \(4, 1, 5, 7\)'):
+        model(torch.rand(4, 2, 5, 7))
+    with pytest.raises(ValueError, match='update of shape'): model.generate(2)
+
+def test_a_part_that_is_called_like_another(tmp_path):
+    "Loading would make the one that `PARTS` has"
+    def lstm(config, size): return model_module.LSTMCell(size, config.hidden_size)
+    with pytest.raises(ValueError, match="another cell part 'lstm'"): DRAW(SMALL, cell=lstm)
+    assert DRAW(SMALL, cell=model_module.lstm).config.cell_part == 'lstm'
+    with pytest.raises(ValueError, match="as read_part='whole'"): DRAW(SMALL, read='whole')
+
+def test_a_part_of_a_part_exchanged(tmp_path):
+    model = DRAW(SMALL)
+    model.encoder.norm = nn.Tanh()
+    with pytest.raises(ValueError, match='encoder.norm was exchanged'):
+        model.save_pretrained(tmp_path)
+
+class WithParts(DRAW):
+    "Hands on whatever it is given"
+    def __init__(self, config: DRAWConfig, **parts):
+        super().__init__(config, **parts)
+        self.head = nn.Linear(3, 3, bias=False) # of a task
+        self.register_buffer('mask', torch.tensor([0., -torch.inf]))
+
+def test_a_subclass_with_more(tmp_path):
+    "Keywords, a head and a mask: it is loaded, goes on, and the fused scan serves it"
+    class Wide(Task): network = WithParts
+    for epochs in (1, 2):
+        model = train(SMALL, toy(), toy('valid'), tmp_path, replace(QUICK, epochs=epochs), Wide())
+    assert type(model) is WithParts and model.unchanged()
+    model.read.window.register_forward_hook(lambda *_: None)
+    assert not model.unchanged()
+
+# Options
 
 @pytest.mark.parametrize('wrong', [dict(epochs=1.5), dict(batch_size=50.), dict(clip_norm='1'),
                                    dict(learning_rate='0.1'), dict(seed=True)])

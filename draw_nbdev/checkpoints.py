@@ -49,7 +49,8 @@ def save_state(
         accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        weights = {name: value.contiguous() for name, value in averaged.state_dict().items()}
+        shared = averaged.state_dict() # some names may stand for one tensor
+        weights = {name: value.clone().contiguous() for name, value in shared.items()}
         with reraise_as(OSError, refused, SafetensorError):
             save_file(weights, partial / 'averaged.safetensors')
         text = json.dumps({**progress, 'files': checksums(partial, progress)})

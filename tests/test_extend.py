@@ -409,6 +409,19 @@ def test_a_subclass_with_more(tmp_path):
     model.read.window.register_forward_hook(lambda *_: None)
     assert not model.unchanged()
 
+class Tied(DRAW):
+    "Reads and writes by one window"
+    def __init__(self, config: DRAWConfig):
+        super().__init__(config)
+        self.write.window = self.read.window
+
+def test_parts_that_share_weights(tmp_path):
+    "They are saved, go on and are loaded as one"
+    class Sharing(Task): network = Tied
+    for epochs in (1, 2):
+        model = train(SMALL, toy(), toy('valid'), tmp_path, replace(QUICK, epochs=epochs), Sharing())
+    assert model.write.window is model.read.window
+
 # Options
 
 @pytest.mark.parametrize('wrong', [dict(epochs=1.5), dict(batch_size=50.), dict(clip_norm='1'),

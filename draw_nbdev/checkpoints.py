@@ -234,7 +234,8 @@ def read_metrics(
     for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
         try: row = json.loads(line)
         except (ValueError, RecursionError): continue
-        if isinstance(row, dict) and isinstance(row.get('step'), int): rows.append(row)
+        if not isinstance(row, dict) or row.get('split') not in ('train', 'valid'): continue
+        if all(isinstance(row.get(name), int) for name in ('step', 'epoch')): rows.append(row)
     return rows
 
 # %% ../nbs/63_checkpoints.ipynb #a07bab64

@@ -90,10 +90,12 @@ class DifferentiableRAM(nn.Module, Pretrained, library_name='draw_nbdev', licens
         "The recurrence for t = 1..T, and the class after the last glimpse"
         c = self.config
         check_images(images, c)
+        steps = c.glimpses if glimpses is None else glimpses
+        if steps < 1: raise ValueError(f'glimpses must be at least 1, got {steps}')
         hidden, cell = self.initial_state[:, None].expand(-1, len(images), -1)
         windows, outputs = [], []
         measure, shorten = limit_growth(limit)
-        for _ in range(glimpses or c.glimpses):
+        for _ in range(steps):
             window = attention_window(self.window(hidden), c.read_size, c.height, c.width)
             patch = read_patch(images, *filters(window, c.read_size, c.height, c.width))
             reading = (window.intensity[:, None, None, None] * patch).flatten(1)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from .files import remove_partial, write_json
 from .options import RECIPES, TrainOptions, recipe, with_epochs
-from .processes import leads, process_count, processes
+from .processes import launched, leads, process_count, processes
 
 # %% ../nbs/40_cli.ipynb #b89f5a25
 app = typer.Typer(help='DRAW, a recurrent neural network that generates images in steps: '
@@ -167,9 +167,17 @@ def build_run(
     if glimpses is not None:
         final, growth, total = parse_glimpses(glimpses, epochs)
         config = find_preset(preset, presets, **sizes, glimpses=final)
-        usual = replace(usual, growth=growth, epochs=total or usual.epochs)
+        usual = replace(usual, growth=growth, 
+                        epochs=usual.epochs if total is None else total)
     elif epochs is not None: usual = with_epochs(usual, epochs)
     return config, replace(usual, **chosen)
+
+# %% ../nbs/40_cli.ipynb #3b58cd28
+def check_seed(
+    seed: int, # --seed
+) -> None:
+    "Raise `ValueError` for one that is none"
+    if not 0 <= seed < 2**63: raise ValueError(f'--seed must be between 0 and 2^63 - 1, got {seed}')
 
 # %% ../nbs/40_cli.ipynb #9ca8cb64
 def check_memory(
@@ -226,10 +234,12 @@ def run(
     def say(text, err=False):
         if leads(): typer.echo(text, err=err)
     updates = len(train_set) // options.batch_size
+    if launched(): count = int(os.environ['WORLD_SIZE'])
     say(f'{train_set}\n{config}\n{options}\n{options.epochs} epochs of {updates} updates, '
         f'{count} process{"es" * (count > 1)}, into {out}', err=True)
+    to_start = 1 if launched() else count
     try:
-        with processes(count): network = train(config, train_set, valid_set, out, options)
+        with processes(to_start): network = train(config, train_set, valid_set, out, options)
     except KeyboardInterrupt:
         raise Interrupted('interrupted; the same command goes on from the last saved state, '
                           f'after update {saved_step(out)}') from None
@@ -293,6 +303,7 @@ def train_command(
     if images is not None:
         channels, height, width = train_set.shape
         config = replace(config, channels=channels, height=height, width=width)
+        check_training(config, options)
     def describe(row):
         return (f'{row["bound"]:.2f} nats on {valid_set.name} valid (reconstruction '
                 f'{row["reconstruction"]:.2f}, KL {row["latent"]:.2f}, T = {row["glimpses"]})')
@@ -461,7 +472,7 @@ def generate_command(
     from draw_nbdev.classifier import network_class
     from draw_nbdev.model import DRAW
     check_least(count=count, glimpses=glimpses)
-    if not 0 <= seed < 2**63: raise ValueError(f'--seed must be between 0 and 2^63 - 1, got {seed}')
+    check_seed(seed)
     check_folder(out, 'generate.json')
     if not issubclass(network_class(model), DRAW):
         raise ValueError(f'{model} is a classifier, which reads and does not draw: '
@@ -512,6 +523,7 @@ def reproduce_command(
 ):
     "Recompute the tables and figures of the paper into one page."
     from draw_nbdev.reproduce import reproduce
+    check_seed(seed)
     typer.echo(reproduce(out, scale, seed, say=lambda line: typer.echo(line, err=True)))
 
 # %% ../nbs/40_cli.ipynb #bfe5d6bb
@@ -537,6 +549,8 @@ def benchmark_command(
                          'make it first, or choose another --json')
     if not 0 < seconds < 86400:
         raise ValueError(f'--seconds must be above 0 and at most a day, got {seconds}')
+    images, steps, pixels = max(batch or [256]), max(glimpses or [64]), max(side or [28])**2
+    check_memory('so large a measurement', images * steps * (5000 + 3 * pixels))
     both = (True, False) if attention is None else (attention,)
     rows = benchmark(tuple(preset or ['mnist']), tuple(batch or [100, 256]),
                      tuple(glimpses or [16, 32, 64]), both, tuple(side or [None]), seconds)

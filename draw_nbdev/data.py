@@ -56,7 +56,8 @@ class Images:
         if highest == 1 and levels is None:
             raise ValueError(f'{name}: nothing but 0 and 1: give levels=1 for bits, '
                              'or levels=255 for nearly black bytes')
-        levels = levels or 255
+        if levels is None: levels = 255
+        if levels < 1: raise ValueError(f'{name}: levels must be at least 1, not {levels}')
         if highest > levels:
             raise ValueError(f'{name}: pixel values go up to {highest}, beyond levels={levels}')
         self.pixels, self.levels = pixels, levels

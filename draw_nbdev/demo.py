@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from .classifier import Convolutional, network_class
 from .data import mnist
+from .files import reraise_as
 from .model import PRETRAINED, find_weights
 
 # %% ../nbs/41_demo.ipynb #b1a029f2
@@ -42,7 +43,9 @@ def entry(
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     history, data = folder / 'training.json', None
     if history.is_file():
-        data = json.loads(history.read_text(encoding='utf-8')).get('data', {}).get('name')
+        damaged = f'{history} is damaged: remove it, or mend it'
+        with reraise_as(ValueError, damaged, ValueError, AttributeError, RecursionError):
+            data = json.loads(history.read_text(encoding='utf-8')).get('data', {}).get('name')
     return {
         'name': name,
         'title': title,

@@ -136,6 +136,8 @@ class LabelledImages(Images):
         if labels.shape != (len(pixels),):
             raise ValueError(f'{self.name}: {len(pixels)} images need as many labels, '
                              f'not {tuple(labels.shape)}')
+        if labels.is_floating_point() or labels.min() < 0:
+            raise ValueError(f'{self.name}: labels are numbers of classes, 0, 1, ...')
         self.labels = labels
 
     def batch_with_labels(self,

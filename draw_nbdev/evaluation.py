@@ -134,7 +134,10 @@ def nearest_images(
     data: Images, # Where to look
     rows: int = 1000, # Images compared at once: bounds the memory
 ) -> tuple[Tensor, Tensor]: # Index of the nearest image and its distance in pixel L2, (count,) each
-    "Exact nearest neighbours in pixel space"
+    "Exact nearest neighbours in pixel space; `ValueError` for bytes, and for no rows"
+    if not queries.is_floating_point() or rows < 1:
+        raise ValueError('queries must be floats in 0..1, and rows at least 1; '
+                         f'these are {queries.dtype}, and {rows}')
     flat = queries.flatten(1).double()
     best = torch.full((len(flat),), torch.inf).double()
     index = torch.zeros(len(flat), dtype=torch.long)

@@ -89,7 +89,7 @@ def importance_weighted_bound(
     parts = []
     for chosen in index.split(rows):
         shape = model.check_glimpses(glimpses), len(chosen), c.latent_size
-        noise = torch.randn(shape, generator=generator, device=device).to(images)
-        output = model(images[chosen], noise)
+        noise = torch.randn(shape, generator=generator, device=device)
+        output = model(images[chosen], noise.to(model.initial_canvas))
         parts.append(log_weights(output, images[chosen], model.likelihood))
     return log(samples) - torch.cat(parts).view(samples, -1).logsumexp(0)

@@ -468,6 +468,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         generator: 'torch.Generator | None' = None, # Source of z; torch's global one if None
     ) -> Drawing: # `model.images(drawing.canvases[-1])` are the finished images
         "Eqs 13-16: draw from the prior, a fresh z at every step"
+        if count < 0: raise ValueError(f'count must be at least 0, got {count}')
         shape = (self.check_glimpses(glimpses), count, self.config.latent_size)
         device = generator.device if generator else None
         return self.decode(torch.randn(shape, generator=generator, device=device))
@@ -481,6 +482,9 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         if not issubclass(draws, steps):
             raise ValueError(f'{steps.__name__} has steps of its own, and decode does not know '
                              f'them: write {steps.__name__}.decode too')
+        if latents.ndim != 3 or len(latents) < 1 or latents.shape[2] != self.config.latent_size:
+            raise ValueError(f'latents of shape {tuple(latents.shape)} are not '
+                             f'(glimpses, batch, {self.config.latent_size})')
         canvas, _, decoder = self.initial_states(latents.shape[1])
         latents, canvases, windows = latents.to(canvas), [canvas], []
         for latent in latents:
@@ -530,6 +534,8 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         if images.shape[1:] != expected:
             raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit '
                              f'a network for {expected}')
+        if images.dtype == torch.uint8 and images.numel() and images.max() > 1:
+            raise ValueError('images are bytes up to 255: divide them by 255')
         shape = self.check_glimpses(glimpses), images.shape[0], c.latent_size
         if noise is None: return torch.randn(shape, dtype=dtype, device=images.device)
         steps = shape[0] if glimpses is not None else 'glimpses'

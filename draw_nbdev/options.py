@@ -51,12 +51,12 @@ def check_options(
     "Raise `ValueError` for a value that makes no run, in one line"
     o = options
     given = {name: value for name, value in vars(o).items() if value is not None}
-    for name, kind in get_type_hints(TrainOptions).items():
-        kind, value = (get_args(kind) or (kind,))[0], given.get(name)
-        known = {int: int, float: (int, float)}.get(kind)
-        if value is None or known is None: continue
-        if isinstance(value, bool) or not isinstance(value, known):
-            raise ValueError(f'{name} must be a number of type {kind.__name__}, got {value!r}')
+    for name, hint in get_type_hints(TrainOptions).items():
+        kind, value = (get_args(hint) or (hint,))[0], vars(o)[name]
+        known = {int: int, float: (int, float), bool: bool, str: str}.get(kind)
+        if known is None or value is None and type(None) in get_args(hint): continue
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, known):
+            raise ValueError(f'{name} must be of type {kind.__name__}, got {value!r}')
     for name, least in LEAST.items():
         if given.get(name, least) < least:
             raise ValueError(f'{name} must be at least {least}, got {given[name]}')
@@ -75,8 +75,9 @@ def check_options(
     for name, known in WORDS.items():
         if given[name] not in known:
             raise ValueError(f'no {name} {given[name]!r}: choose one of {", ".join(known)}')
-    if any(len(stage) != 2 or min(stage) < 1 for stage in o.growth):
-        raise ValueError('growth needs pairs of glimpses and epochs, each at least 1, '
+    if any(len(stage) != 2 or min(stage) < 1 or any(type(n) is not int for n in stage)
+           for stage in o.growth):
+        raise ValueError('growth needs pairs of glimpses and epochs, whole and at least 1, '
                          f'got {o.growth}')
     grown = sum(epochs for _, epochs in o.growth)
     if grown >= o.epochs:

@@ -14,6 +14,11 @@ from typing import IO
 # %% ../nbs/64_processes.ipynb #cc00dc58
 LEAST = 16 # Images of a batch in each process
 
+# %% ../nbs/64_processes.ipynb #6b54df33
+def launched() -> bool:
+    "Is this one of several processes, started by the first or by a launcher?"
+    return {'RANK', 'WORLD_SIZE'} <= os.environ.keys()
+
 # %% ../nbs/64_processes.ipynb #e4151084
 def process_count(
     batch_size: int, # Images per update, all processes together
@@ -21,8 +26,8 @@ def process_count(
 ) -> int: # Processes to be
     "How many processes share a batch; raises `ValueError` where they cannot"
     import torch
-    if 'RANK' in os.environ: # one of several, started by the first or by a launcher
-        there = os.environ.get('WORLD_SIZE')
+    if launched():
+        there = os.environ['WORLD_SIZE']
         if asked is not None and str(asked) != there:
             raise ValueError(f'a launcher has started {there} processes already: '
                              'leave --processes out')
@@ -41,7 +46,7 @@ def process_count(
 # %% ../nbs/64_processes.ipynb #59d271d2
 def leads() -> bool:
     "Is this the one of several processes that speaks and writes?"
-    return os.environ.get('RANK', '0') == '0'
+    return not launched() or os.environ['RANK'] == '0'
 
 # %% ../nbs/64_processes.ipynb #8ce9460e
 def place(
@@ -64,7 +69,8 @@ def in_shares(
     from torch import distributed
     from tqdm.auto import tqdm
     rank, count = place(together)
-    mine = tqdm(parts[rank::count], disable=None, leave=False, desc=said)
+    show = None if rank == 0 else True
+    mine = tqdm(parts[rank::count], disable=show, leave=False, desc=said)
     found = [compute(part) for part in mine]
     if count == 1: return found
     shares = [None] * count

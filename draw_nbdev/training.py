@@ -220,8 +220,9 @@ class Record:
     ) -> None:
         "Raise `ValueError` where the run has left the numbers"
         if not good:
-            raise ValueError('the loss is no longer finite: choose a lower learning rate; '
-                             f'{self.out} keeps the last good state')
+            kept = any(self.out.glob('state-*'))
+            raise ValueError('the loss is no longer finite: choose a lower learning rate; ' + (
+                f'{self.out} keeps the last good state' if kept else 'nothing was saved yet'))
 
     def write_update(self,
         done: int, # Updates
@@ -264,8 +265,8 @@ class Record:
             times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
             score = result.get(task.score)
             if not (isinstance(score, (int, float)) and isfinite(score)):
-                raise ValueError(f'validation gave {task.score} = {score}, and weights are chosen '
-                                 'by a finite number: mend the validate or the score of the task')
+                raise ValueError(f'validation gave {task.score} = {score!r}, and weights are '
+                                 'chosen by a finite float: mend validate or score of the task')
             self.log.write(done, epoch, 'valid', glimpses, **result, **times)
             first = progress['best'] is None or glimpses != progress['best_glimpses']
             if first or score < progress['best']:
@@ -292,8 +293,9 @@ def check_run(
         raise ValueError('the test set is neither for training nor for choosing: '
                          'give train and valid')
     expected = config.channels, config.height, config.width
-    if train_set.shape != expected:
-        raise ValueError(f'images of shape {train_set.shape} do not fit a network for {expected}')
+    for data in (train_set, valid_set):
+        if data.shape != expected:
+            raise ValueError(f'images of shape {data.shape} do not fit a network for {expected}')
     if len(train_set) < options.batch_size:
         raise ValueError(f'{len(train_set)} images are fewer than one batch of '
                          f'{options.batch_size}: choose a smaller batch size')

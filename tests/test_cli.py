@@ -256,6 +256,31 @@ def test_epochs_are_told_with_their_numbers(weights, spy, capsys):
     ('16:10,32:20,64:80', None, (64, ((16, 10), (32, 20)), 110))])
 def test_stages(text, epochs, expected): assert cli.parse_glimpses(text, epochs) == expected
 
+def test_no_epochs():
+    "Not the recipe's, whatever the glimpses"
+    with pytest.raises(ValueError, match='epochs must be at least 1'):
+        cli.build_run(classifier.CLASSIFIERS, 'cluttered_8', 'own', '8', 0, {}, {})
+
+@pytest.mark.parametrize('options, told', [
+    ('reproduce --seed -1', '--seed must be between'),
+    ('reproduce --seed 99999999999999999999999', '--seed must be between'),
+    ('benchmark --batch 99999999999999999999999', 'choose smaller numbers'),
+    ('benchmark --batch 2 --glimpses 2 --side 100000', 'choose smaller numbers')])
+def test_numbers_beyond_everything(options, told):
+    with pytest.raises(ValueError, match=told): draw(options)
+
+def test_processes_of_a_launcher(weights, capsys, monkeypatch):
+    "Their number is the launcher's; a rank of something else counts for nothing"
+    def train(config, train_set, valid_set, out, options): pass
+    for rank, size, told in (('0', '3', '3 processes'), ('1', '3', ''), ('1', None, '1 process,')):
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.delenv('WORLD_SIZE', raising=False)
+        if size: monkeypatch.setenv('WORLD_SIZE', size)
+        cli.run(train, SIZES, SimpleNamespace(epochs=3, batch_size=3), small_set('train'),
+                small_set('valid'), weights / 'none', str, 1)
+        said = capsys.readouterr().err
+        assert told in said if told else not said
+
 def test_memory(monkeypatch):
     "Four bytes a number"
     memory = SimpleNamespace(total=2 * 2**30)

@@ -23,6 +23,13 @@ def test_own_network(page):
     assert 'own' not in [row['name'] for row in others] and others[0]['name'] == 'mnist'
     assert {row['name']: row['binary'] for row in others}['svhn_sample'] is False
 
+@pytest.mark.parametrize('text', ['', '[]', '{"data": 3}', '{"data": null}'])
+def test_own_network_with_a_damaged_history(text, tmp_path):
+    DRAW(DRAWConfig(glimpses=2, hidden_size=4)).save_pretrained(tmp_path / 'own')
+    (tmp_path / 'own/training.json').write_text(text)
+    with pytest.raises(ValueError, match='training.json is damaged: remove it'):
+        live_files(tmp_path / 'page', tmp_path / 'own')
+
 def test_digits(page):
     "Twenty test digits in each row, a row for each class, in the order of the test set"
     sheet, data = np.asarray(Image.open(page / 'digits.png')), mnist(train=False)

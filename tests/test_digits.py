@@ -147,4 +147,10 @@ def test_labels_must_fit():
     with pytest.raises(ValueError, match='3 images need as many labels'):
         LabelledImages(torch.zeros(3, 1, 2, 2), torch.zeros(2), 'short', 'train')
     with pytest.raises(ValueError, match='do not fit on a canvas of 9 x 10'):
-        FreshDigits(draw_two_digits, (9, 10), some_digits(), torch.zeros(9), 'large', 'train')
+        FreshDigits(
+            draw_two_digits, (9, 10), some_digits(), torch.zeros(9, dtype=torch.long),
+            'large', 'train',
+        )
+    for wrong in (torch.zeros(3), torch.tensor([0, 1, -100])):
+        with pytest.raises(ValueError, match='numbers of classes'):
+            LabelledImages(torch.zeros(3, 1, 2, 2), wrong, 'odd', 'train')

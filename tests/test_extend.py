@@ -13,13 +13,13 @@ from PIL import Image
 from torch import distributions, nn
 import draw_nbdev.model as model_module
 from draw_nbdev.attention import AttentiveRead
-from draw_nbdev.checkpoints import differences, read_run
+from draw_nbdev.checkpoints import differences, read_metrics, read_run
 from draw_nbdev.classifier import (ClassifyTask, Convolutional, ConvolutionalConfig,
-                                   classification_error)
+                                   DifferentiableRAM, RAMConfig, classification_error)
 from draw_nbdev.data import Images
 from draw_nbdev.data_sets import find
 from draw_nbdev.digits import LabelledImages
-from draw_nbdev.evaluation import evaluate, evaluating
+from draw_nbdev.evaluation import evaluate, evaluating, nearest_images
 from draw_nbdev.images import image_folder
 from draw_nbdev.loss import bound, importance_weighted_bound, reconstruction_loss
 from draw_nbdev.model import DRAW, DRAWConfig, find_weights
@@ -419,15 +419,62 @@ def test_parts_that_share_weights(tmp_path):
     "They are saved, go on and are loaded as one"
     class Sharing(Task): network = Tied
     for epochs in (1, 2):
-        model = train(SMALL, toy(), toy('valid'), tmp_path, replace(QUICK, epochs=epochs), Sharing())
+        options = replace(QUICK, epochs=epochs)
+        model = train(SMALL, toy(), toy('valid'), tmp_path, options, Sharing())
     assert model.write.window is model.read.window
+
+# What is not meant
+
+def test_bits_are_weighted_like_floats():
+    "Noise is not cast to whatever the images are"
+    model, images = DRAW(SMALL), toy().batch([0, 1, 2])
+    def weighted(x):
+        return importance_weighted_bound(model, x, 5, torch.Generator().manual_seed(0))
+    for kind in (torch.bool, torch.uint8, torch.long):
+        torch.testing.assert_close(weighted(images.to(kind)), weighted(images))
+
+def test_what_no_network_takes():
+    "Bytes up to 255, latents of another length, fewer than no images, no glimpse"
+    model = DRAW(SMALL)
+    with pytest.raises(ValueError, match='divide them by 255'):
+        model(torch.full((1, 2, 5, 7), 255, dtype=torch.uint8))
+    for shape in ((0, 3, 3), (2, 3, 5), (3, 3)):
+        with pytest.raises(ValueError, match='latents of shape'): model.decode(torch.zeros(shape))
+    with pytest.raises(ValueError, match='count must be'): model.generate(-1)
+    reader = DifferentiableRAM(RAMConfig(7, 9, glimpses=2, hidden_size=6, read_size=3, classes=3))
+    for glimpses in (0, -1):
+        with pytest.raises(ValueError, match='glimpses must be at least 1'):
+            reader(torch.zeros(1, 1, 7, 9), glimpses)
+
+def test_what_no_set_takes():
+    pixels = torch.zeros(2, 1, 3, 4, dtype=torch.uint8)
+    for levels in (0, -1):
+        with pytest.raises(ValueError, match='levels must be'):
+            Images(pixels, 'a', 'valid', levels=levels)
+    data = Images(pixels, 'a', 'valid')
+    with pytest.raises(ValueError, match='queries must be floats'): nearest_images(pixels, data)
+    with pytest.raises(ValueError, match='rows at least 1'):
+        nearest_images(pixels.float(), data, -1)
+
+def test_validation_images_of_another_shape(tmp_path):
+    "It is told before anything is trained or written"
+    other = Images(toy().pixels[..., :5] == 1, 'toy', 'valid')
+    with pytest.raises(ValueError, match='do not fit'):
+        train(SMALL, toy(), other, tmp_path / 'run', QUICK)
+    assert not (tmp_path / 'run').exists()
+
+def test_lines_that_are_no_metrics(tmp_path):
+    good = {'step': 3, 'epoch': 0, 'split': 'valid', 'bound': 1.}
+    rows = [good, {'step': 3}, {**good, 'split': 'test'}, {**good, 'epoch': None}, [], 'x']
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    assert read_metrics(tmp_path) == [good]
 
 # Options
 
 @pytest.mark.parametrize('wrong', [dict(epochs=1.5), dict(batch_size=50.), dict(clip_norm='1'),
                                    dict(learning_rate='0.1'), dict(seed=True)])
 def test_options_of_another_type(wrong):
-    with pytest.raises(ValueError, match=f'{next(iter(wrong))} must be a number'):
+    with pytest.raises(ValueError, match=f'{next(iter(wrong))} must be of type'):
         TrainOptions(**wrong)
 
 def test_numbers_of_numpy():

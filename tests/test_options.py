@@ -54,7 +54,10 @@ def test_recipes():
     dict(average=-0.1), dict(final_rate=-0.1), dict(final_rate=1.1), dict(decay=0.),
     dict(decay=1.1), dict(optimizer='sgd'), dict(precision='half'),
     dict(epochs=5, growth=((4, 5),)), dict(epochs=5, growth=((4, 2), (8, 3))),
-    dict(growth=((0, 2),)), dict(growth=((4, 0),)), dict(growth=((4, 1, 1),))], ids=str)
+    dict(growth=((0, 2),)), dict(growth=((4, 0),)), dict(growth=((4, 1, 1),)),
+    dict(growth=((1.5, 2),)), dict(every_glimpse='no'), dict(every_glimpse=1),
+    dict(precision=None), dict(epochs=None),
+    dict(average=None), dict(learning_rate=None)], ids=str)
 def test_refused(wrong):
     "In one line that names the option"
     with pytest.raises(ValueError, match=list(wrong)[-1]) as error: TrainOptions(**wrong)

@@ -97,6 +97,8 @@ def a_set(split, count=40, name='a set'):
     random = torch.Generator().manual_seed(len(split))
     return Images(torch.rand(count, 1, 6, 7, generator=random), name, split, 'a note')
 
+LINE = {'step': 3, 'epoch': 0, 'split': 'valid'} # Of metrics.jsonl
+
 def save(folder, **more):
     "Weights with their history"
     torch.manual_seed(0)
@@ -114,7 +116,7 @@ def trained(monkeypatch, tmp_path):
     def train(config, train_set, valid_set, out, options):
         seen.append((config, train_set.split, valid_set.split, options))
         save(out / 'best')
-        (out / 'metrics.jsonl').write_text('{"step": 3}\n')
+        (out / 'metrics.jsonl').write_text(json.dumps(LINE) + '\n')
     monkeypatch.setattr(module, 'train', train)
     monkeypatch.setattr(module, 'PRETRAINED', tmp_path / 'packaged')
     return seen
@@ -132,7 +134,7 @@ def test_training_of_an_experiment(scale, count, passes, trained, tmp_path):
     options = replace(chosen.options, seed=3, epochs=chosen.options.epochs * passes)
     assert trained == [(chosen.config, 'train', 'valid', options)]
     assert model.history['origin'] == f'trained here at {scale} scale'
-    assert model.metrics == [{'step': 3}] and model.network.config == TINY
+    assert model.metrics == [LINE] and model.network.config == TINY
 
 def test_full_experiments():
     "At full scale everything is the network of its name and its own recipe"

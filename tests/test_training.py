@@ -724,12 +724,13 @@ def test_best_that_is_no_folder_of_weights(undisturbed, tmp_path):
 
 def test_metrics_of_another_shape(tmp_path):
     "Lines that are no metrics are left out"
-    (tmp_path / 'metrics.jsonl').write_bytes(b'{"step": 3}\n\xff\xfe{"step": 4}\n')
-    assert read_metrics(tmp_path) == [{'step': 3}]
+    line = b'{"step": 3, "epoch": 0, "split": "train"}\n'
+    (tmp_path / 'metrics.jsonl').write_bytes(line + b'\xff\xfe' + line)
+    assert read_metrics(tmp_path) == [json.loads(line)]
     (tmp_path / 'metrics.jsonl').write_text(
-        '[]\n3\nnull\n{}\n{"step": "1"}\n{"step": 1}\n{"step": 2'
+        '[]\n3\nnull\n{}\n{"step": "1"}\n' + line.decode() + line.decode()[:-9]
     )
-    assert read_metrics(tmp_path) == [{'step': 1}]
+    assert read_metrics(tmp_path) == [json.loads(line)]
 
 @pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.safetensors'])
 def test_weights_run_no_code(name, tmp_path):

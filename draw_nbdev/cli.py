@@ -167,8 +167,8 @@ def build_run(
     if glimpses is not None:
         final, growth, total = parse_glimpses(glimpses, epochs)
         config = find_preset(preset, presets, **sizes, glimpses=final)
-        usual = replace(usual, growth=growth, 
-                        epochs=usual.epochs if total is None else total)
+        total = usual.epochs if total is None else total
+        usual = replace(usual, growth=growth, epochs=total)
     elif epochs is not None: usual = with_epochs(usual, epochs)
     return config, replace(usual, **chosen)
 

@@ -75,7 +75,7 @@ def check_options(
     for name, known in WORDS.items():
         if given[name] not in known:
             raise ValueError(f'no {name} {given[name]!r}: choose one of {", ".join(known)}')
-    if any(len(stage) != 2 or min(stage) < 1 or any(type(n) is not int for n in stage)
+    if any(len(stage) != 2 or any(type(number) is not int or number < 1 for number in stage)
            for stage in o.growth):
         raise ValueError('growth needs pairs of glimpses and epochs, whole and at least 1, '
                          f'got {o.growth}')

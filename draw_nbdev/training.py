@@ -261,12 +261,12 @@ class Record:
         done, progress = self.progress['step'], self.progress
         model, limit = self.averaged.module, self.options.valid_images
         result = task.validate(model, valid_set, glimpses, limit)
+        score = result.get(task.score)
+        if not (isinstance(score, (int, float)) and isfinite(score)):
+            raise ValueError(f'validation gave {task.score} = {score!r}, and weights are chosen '
+                             'by a finite float: mend validate or score of the task')
         if self.main:
             times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
-            score = result.get(task.score)
-            if not (isinstance(score, (int, float)) and isfinite(score)):
-                raise ValueError(f'validation gave {task.score} = {score!r}, and weights are '
-                                 'chosen by a finite float: mend validate or score of the task')
             self.log.write(done, epoch, 'valid', glimpses, **result, **times)
             first = progress['best'] is None or glimpses != progress['best_glimpses']
             if first or score < progress['best']:

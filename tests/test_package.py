@@ -133,9 +133,9 @@ def test_modules_import_only_upwards():
     data = 'files', 'cache', 'data', 'images', 'archives', 'digits', 'colour', 'cifar', 'data_sets'
     order = (
         *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan_weights', 'scan', 'compiled',
-        'model', 'loss', 'benchmark',
+        'model', 'loss', 'benchmark', 'processes',
         'evaluation', 'muon', 'options', 'checkpoints', 'graph', 'training', 'classifier', 'demo',
-        'reproduce', 'processes', 'cli',
+        'reproduce', 'cli',
     )
     allowed = {name: set(order[:i]) for i, name in enumerate(order)} | {
         'plots': {'files'}, 'filterbank': set(),

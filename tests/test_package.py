@@ -1,10 +1,11 @@
 """What holds for the project as a whole: its metadata, its notebooks as files, and what its
 package ships"""
-import ast, importlib.metadata as metadata, json, re, shlex, shutil, subprocess, sys
+import ast, importlib, importlib.metadata as metadata, json, re, shlex, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
 import draw_nbdev
+from draw_nbdev._modidx import d
 
 ROOT = Path(__file__).parents[1]
 NAME = 'draw_nbdev'
@@ -114,6 +115,22 @@ def test_is_saved_clean(file):
             ), f"cell {number} is saved with a warning or a progress bar: {''.join(output['text'])}"
 
 def test_imports_stand_alone(): run(sys.executable, 'tools/check_imports.py', cwd=ROOT)
+
+def test_linked_names_are_public():
+    """The site makes a link of a module's name in backticks, and only public ones have a place
+    on its page"""
+    hidden = set()
+    for module,names in d['syms'].items():
+        names = {o.removeprefix(f'{module}.') for o in names}
+        hidden |= names - set(importlib.import_module(module).__all__)
+    linked = [
+        (file.name, name)
+        for file in NOTEBOOKS
+        for cell in cells(file)
+        if cell['cell_type'] == 'markdown'
+        for name in re.findall('`(.+?)`', ''.join(cell['source']))
+    ]
+    assert not [o for o in linked if '.' not in o[1] and o[1] in hidden]
 
 @each_notebook
 def test_links_between_notebooks(file):

@@ -119,7 +119,13 @@ def check_folder(
     out: Path, # Where something is about to be written
     marker: str, # File that says a folder was made for this, such as run.json
 ) -> None:
-    "Raise `ValueError` if `out` holds something else, so that nobody's files are overwritten"
+    """Raise `ValueError` if `out` holds something else, so that nobody's files are overwritten
+
+    And where nothing can be written there, before the work instead of after it."""
+    place = next(o for o in (out.absolute(), *out.absolute().parents) if o.exists())
+    below_file = not out.exists() and not place.is_dir()
+    if below_file or place.is_dir() and not os.access(place, os.W_OK):
+        raise ValueError(f'nothing can be written to {out}: choose another --out')
     if not out.exists() or (out / marker).is_file(): return
     def left(file): return file.name == LOCK or is_partial(file) # by a run that was stopped at once
     if out.is_dir() and all(left(file) for file in out.iterdir()): return

@@ -375,9 +375,10 @@ def say_bound(
     result, # An `Evaluation`
 ) -> None:
     "A DRAW network's bound, in nats"
-    several = result.images > 1
-    def nats(value, error): return f'{value:8.2f}' + f' ± {error:.2f}' * several + ' nats'
-    error = 'standard error over images' if several else 'one image, no standard error'
+    def nats(value, error):
+        return f'{value:8.2f} nats' if error is None else f'{value:8.2f} ± {error:.2f} nats'
+    one = result.bound_se is None
+    error = 'one image, no standard error' if one else 'standard error over images'
     if result.bound_spread is not None:
         error += f', spread over {result.seeds} seeds {result.bound_spread:.3f}'
     typer.echo(f'bound           {nats(result.bound, result.bound_se)} ({error})')

@@ -27,7 +27,7 @@ class Evaluation:
     glimpses: int # Steps, T
     seeds: int # Number of evaluations, with seeds 0, 1, ...
     bound: float # Mean over images and seeds of L, an upper bound on -log p(x)
-    bound_se: float # Standard error of that mean over images
+    bound_se: float | None # Standard error of that mean over images; None for one image
     bound_spread: float | None # Deviation over seeds of the mean over images; None for one seed
     reconstruction: float # Mean of L^x
     latent: float # Mean of L^z
@@ -84,9 +84,9 @@ def _weighted_bounds(
 # %% ../nbs/24_evaluation.ipynb #9df8d4d6
 def _standard_error(
     values: Tensor, # One for each image, shape (count,)
-) -> float: # Not a number for a single image
+) -> float | None: # None for a single image
     "Of the mean"
-    return (values.std() / len(values)**0.5).item() if len(values) > 1 else float('nan')
+    return (values.std() / len(values)**0.5).item() if len(values) > 1 else None
 
 # %% ../nbs/24_evaluation.ipynb #fa314a10
 @torch.no_grad()

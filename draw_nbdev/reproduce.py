@@ -195,7 +195,8 @@ def nats(
     result: Evaluation,
 ) -> str:
     "A bound with its standard error"
-    return f'{result.bound:.2f} ± {result.bound_se:.2f}'
+    error = '' if result.bound_se is None else f' ± {result.bound_se:.2f}'
+    return f'{result.bound:.2f}{error}'
 
 # %% ../nbs/42_reproduce.ipynb #723a35ee
 def table_1(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 from .filterbank import filterbank
-from .scan import autocast_dtype, fused_scan
+from .scan import autocast_dtype, fused_scan, refuse_second_derivatives
 from .scan_weights import Sizes, Weights, fold, sizes, window_limits
 
 # %% ../nbs/68_compiled.ipynb #6e3247be
@@ -204,6 +204,7 @@ class CompiledScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_canvas, d_posterior, d_latents):
         "Gradients in the order of forward's arguments"
+        refuse_second_derivatives('compiled')
         x, noise, *weights = ctx.saved_tensors
         s, p, states, left = ctx.s, Weights(*weights), ctx.states, ctx.left
         d_state = d_canvas.contiguous(), *(torch.zeros_like(v) for v in states[-1][1:])

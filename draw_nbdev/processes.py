@@ -8,7 +8,7 @@ __all__ = ['process_count', 'leads', 'in_shares', 'processes']
 # %% ../nbs/64_processes.ipynb #3ffa1e4b
 import os, signal, socket, subprocess, sys, tempfile, threading, time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import IO
 
 # %% ../nbs/64_processes.ipynb #cc00dc58
@@ -69,8 +69,8 @@ def in_shares(
     from torch import distributed
     from tqdm.auto import tqdm
     rank, count = place(together)
-    show = None if rank == 0 else True
-    mine = tqdm(parts[rank::count], disable=show, leave=False, desc=said)
+    hidden = None if rank == 0 else True # None hides it where there is no terminal
+    mine = tqdm(parts[rank::count], disable=hidden, leave=False, desc=said)
     found = [compute(part) for part in mine]
     if count == 1: return found
     shares = [None] * count
@@ -80,16 +80,16 @@ def in_shares(
 # %% ../nbs/64_processes.ipynb #684b0848
 def death(
     others: list[subprocess.Popen], # All but the first process
-    said: IO[bytes], # Their standard error
+    said: list[IO[bytes]], # The standard error of each
 ) -> str | None: # One line, or None if none has failed
     "Which of the other processes has failed, and why"
-    for rank, other in enumerate(others, start=1):
+    for rank, (other, errors) in enumerate(zip(others, said), start=1):
         code = other.poll()
         if not code: continue
         if code < 0: reason = f'signal {signal.Signals(-code).name}'
         else:
-            said.seek(0)
-            lines = said.read().decode(errors='replace').strip().splitlines()
+            errors.seek(0)
+            lines = errors.read().decode(errors='replace').strip().splitlines()
             reason = f'exit code {code}: {lines[-1] if lines else ""}'
         return (f'process {rank + 1} of {len(others) + 1} has ended ({reason}); '
                 'the same command goes on from the last saved state')
@@ -98,7 +98,7 @@ def death(
 # %% ../nbs/64_processes.ipynb #8b03e5c3
 def end_with(
     others: list[subprocess.Popen], # All but the first process
-    said: IO[bytes], # Their standard error
+    said: list[IO[bytes]], # The standard error of each
     ended: threading.Event, # Set when there is nothing left to watch
 ) -> None:
     "End this process where another has failed and the loop only waits for it"
@@ -116,16 +116,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 # %% ../nbs/64_processes.ipynb #73b94a1d
-def start_others(
-    count: int, # Processes in all
+def start_other(
+    rank: int, # Which process, from 1
     common: dict[str, str], # Environment that all of them share
-    said: IO[bytes], # For their standard error
-) -> list[subprocess.Popen]: # All but the first
-    "Start this command line again for every other process"
+    errors: IO[bytes], # For its standard error
+) -> subprocess.Popen:
+    "Start this command line again for another process"
     command = [sys.executable, '-c', 'from draw_nbdev.cli import main; main()', *sys.argv[1:]]
-    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
-    return [subprocess.Popen(command, env={**os.environ, **common, **rank_variables(rank)}, **quiet)
-            for rank in range(1, count)]
+    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
+    return subprocess.Popen(command, env={**os.environ, **common, **rank_variables(rank)}, **quiet)
 
 # %% ../nbs/64_processes.ipynb #a5fb0d30
 def rank_variables(
@@ -150,10 +149,12 @@ def processes(
     common = {'WORLD_SIZE': str(count), 'LOCAL_WORLD_SIZE': str(count), 'MASTER_ADDR': '127.0.0.1',
               'MASTER_PORT': str(free_port()), 'OMP_NUM_THREADS': str(share)}
     others, ended = [], threading.Event()
-    with tempfile.TemporaryFile() as said:
+    with ExitStack() as files:
+        said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
         watch = threading.Thread(target=end_with, args=(others, said, ended), daemon=True)
         try:
-            others += start_others(count, common, said)
+            for rank, errors in enumerate(said, start=1):
+                others.append(start_other(rank, common, errors))
             os.environ.update({**common, **rank_variables(0)})
             torch.set_num_threads(share)
             watch.start()

@@ -643,6 +643,15 @@ def add_up(
             if more is not None: sum_so_far.add_(more)
     return total
 
+# %% ../nbs/66_scan.ipynb #104c1ce3
+def refuse_second_derivatives(
+    scan: str, # Whose backward pass has none
+) -> None:
+    "Raise `ValueError` where create_graph=True asks for them: gradients are on while it runs"
+    if torch.is_grad_enabled():
+        raise ValueError(f'the {scan} scan has no second derivatives, which create_graph=True '
+                         "asks for: use scan='reference'")
+
 # %% ../nbs/66_scan.ipynb #17633d14
 class Scan(torch.autograd.Function):
     "All steps of the recurrence as one operation"
@@ -677,9 +686,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_canvas, d_posterior, d_latents):
         "Gradients in the order of forward's arguments"
-        if torch.is_grad_enabled(): # what create_graph=True does
-            raise ValueError('the fused scan has no second derivatives, which create_graph=True '
-                             "asks for: use scan='reference'")
+        refuse_second_derivatives('fused')
         token, *weights = ctx.saved_tensors
         if not hasattr(token, 'lease'):
             raise ValueError('the fused scan keeps its own buffers and cannot be checkpointed or '

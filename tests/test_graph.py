@@ -61,6 +61,14 @@ def test_windows_beyond_their_limits_get_no_gradient(as_written):
                                learned(definition, model, *data))
 
 @pytest.mark.parametrize('config', [SMALL, WHOLE], ids=['attention', 'whole'])
+def test_second_derivatives_are_refused(as_written, config):
+    model, (x, noise) = network(config), inputs(2, 3)
+    for by in (model.encoder.gates.weight, model.initial_canvas):
+        canvas, *_ = compiled_scan(model, x, noise)
+        with pytest.raises(ValueError, match='^the compiled scan has no second derivatives'):
+            torch.autograd.grad(canvas.sum(), by, create_graph=True)
+
+@pytest.mark.parametrize('config', [SMALL, WHOLE], ids=['attention', 'whole'])
 def test_half_precision_as_in_the_fused_scan(as_written, config):
     model, data = network(config, torch.float32), inputs(2, 3, torch.float32)
     with torch.autocast('cpu', torch.bfloat16):

@@ -617,7 +617,7 @@ MUTATIONS = {
         ('all threads for each', 'share = max(1, threads // count)', 'share = threads'),
         ('threads not given back', 'torch.set_num_threads(threads)', 'pass'),
         ('environment not given back', 'os.environ.clear() os.environ.update(before)', 'pass'),
-        ('another process by number only', "said.read().decode(errors='replace')", "''"),
+        ('another process by number only', "errors.read().decode(errors='replace')", "''"),
         ('signal told as a code', 'if code < 0:', 'if False:'),
         ('rank of the other', 'process {rank + 1} of', 'process {rank} of'),
         ('connection lost for no reason', 'raise OSError(reason) from error', 'raise'),

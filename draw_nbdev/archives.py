@@ -6,7 +6,7 @@
 __all__ = ['SVHN_URL', 'find_parts']
 
 # %% ../nbs/55_archives.ipynb #fc6584a1
-import hashlib, io, shutil, tarfile, zipfile, zlib
+import hashlib, io, tarfile, zipfile, zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -87,11 +87,11 @@ def part_files(place: Path, part: str) -> Iterator[tuple[str, int, Callable]]:
 
 # %% ../nbs/55_archives.ipynb #d362b0ea
 def read_whole(place: Path, name: str, size: int, open_file: Callable) -> bytes:
-    "A file as `part_files` names it, block by block: there may be more than is stated"
+    "A file as `part_files` names it; raises `ValueError` where it is too long, or not as stated"
     most = MOST_BYTES.get(name, MOST_BYTES_OF_IMAGE)
     if size > most:
         raise ValueError(f'{place}: {name} takes {size:,} bytes, more than the {most:,} that are '
                          'allowed')
-    content = io.BytesIO()
-    with open_file() as stream: shutil.copyfileobj(stream, content, 2**20)
-    return content.getvalue()
+    with open_file() as stream: content = stream.read(size + 1)
+    if len(content) != size: raise ValueError(f'{place}: {name} has not {size:,} bytes')
+    return content

@@ -20,7 +20,7 @@ from .archives import (SVHN_SHA256, SVHN_URL, damage_in, find_parts, part_checks
 from .cache import data_folders, find_file, store
 from .data import Images, check_split
 from .files import md5, one_line, reraise_as
-from .images import open_image
+from .images import open_image, set_name
 
 # %% ../nbs/54_colour.ipynb #08af7a5a
 MOST_VALUES = 2**24 # In one HDF5 data set
@@ -242,7 +242,8 @@ def house_numbers(
         crops = cut_validation(crops, split)
     pixels, named = torch.from_numpy(np.concatenate(crops)), ' and '.join(parts)
     if foreign:
-        name = path.stem
+        name = set_name(path)
+        if name == 'svhn': name = 'svhn_unverified' # nobody shall take it for that set
         note = (f'house numbers of {path.name}, {named}, not known to be the official SVHN: '
                 'not comparable with the paper')
     else:

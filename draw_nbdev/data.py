@@ -127,6 +127,9 @@ def mnist_folder(root: str | Path | None) -> Path:
             if path.is_file() and md5(path.read_bytes()) != MNIST_MD5[name]:
                 raise ValueError(f'{path} is not the official file (wrong MD5); '
                                  'remove it, and it will be unpacked again')
+        old = folder / 'MNIST' / 'processed'
+        if old.exists():
+            raise ValueError(f'{old} would be read in place of the official files: remove it')
         if all(path.is_file() for path in paths.values()): return folder
     contents = {f'MNIST/raw/{name}': read_asset(name, known) for name, known in MNIST_MD5.items()}
     return store(contents, root)

@@ -158,6 +158,8 @@ class FreshDigits(LabelledImages):
         *args, **kwargs # As for `Images`
     ):
         super().__init__(digits, labels, *args, **kwargs)
+        if len(digits) < 2:
+            raise ValueError(f'{self.name}: one digit is not enough to put images together from')
         if min(size) < digits.shape[-1]:
             raise ValueError(f'{self.name}: digits of {digits.shape[-1]} pixels do not fit '
                              f'on a canvas of {size[0]} x {size[1]}')

@@ -41,7 +41,7 @@ def _enlarge(
     zoom: int, # Whole number of times
 ) -> Tensor: # shape (..., zoom * height, zoom * width)
     "Repeat every pixel `zoom` times in both directions."
-    if zoom < 1 or zoom != int(zoom):
+    if not isinstance(zoom, int) or zoom < 1:
         raise ValueError(f'zoom must be a whole number from 1, not {zoom}')
     return images.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
 

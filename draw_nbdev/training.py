@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from . import __version__
 from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_state,
-                                    open_run, save_state, save_weights, take_lock)
+                                    open_run, save_state, save_weights, states, take_lock)
 from .data import Images, check_images
 from .compiled import can_compile
 from .evaluation import evaluate
@@ -220,7 +220,7 @@ class Record:
     ) -> None:
         "Raise `ValueError` where the run has left the numbers"
         if not good:
-            kept = any(self.out.glob('state-*'))
+            kept = bool(states(self.out))
             raise ValueError('the loss is no longer finite: choose a lower learning rate; ' + (
                 f'{self.out} keeps the last good state' if kept else 'nothing was saved yet'))
 

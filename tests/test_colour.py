@@ -240,6 +240,7 @@ def test_official_by_name(numbers, places, monkeypatch):
     (root/'svhn/test').mkdir()
     for name, content in PARTS['test'].items(): (root/'svhn/test'/name).write_bytes(content)
     assert 'not known to be the official' in svhn('test').note   # a folder has no checksum
+    assert find('svhn', 'test').name == 'svhn_unverified' and find('svhn', 'train').name == 'svhn'
 
 
 # The cache

@@ -17,8 +17,11 @@ def read_patch(
     filter_y: Tensor, # F_Y, shape (batch, size, height)
     filter_x: Tensor, # F_X, shape (batch, size, width)
 ) -> Tensor: # F_Y x F_X^T, shape (batch, channels, size, size)
-    "The part of Eq. 27 in brackets: images seen through a window"
-    return filter_y[:, None] @ images @ filter_x[:, None].mT
+    "The part of Eq. 27 in brackets: images seen through a window, in the filters' precision"
+    if images.ndim != 4: # three would be taken for channels of one image
+        raise ValueError('images must have shape (batch, channels, height, width), '
+                         f'got {tuple(images.shape)}')
+    return filter_y[:, None] @ images.to(filter_y.dtype) @ filter_x[:, None].mT
 
 # %% ../nbs/18_attention.ipynb #909bb6a6
 def write_patch(

@@ -208,11 +208,14 @@ def network_class(
 # %% ../nbs/28_classifier.ipynb #fb1449c8
 def network_for(
     config, # A configuration of any network
-) -> type[nn.Module]: # The first of `NETWORKS` that is made from such a configuration
-    "Which network has these sizes; raises `ValueError` where there is none"
-    for network in NETWORKS.values():
-        if network.config_class() is type(config): return network
-    raise ValueError(f'no network is made from {type(config).__name__}')
+) -> type[nn.Module]: # That of `NETWORKS` which is made from such a configuration
+    "Which network has these sizes; raises `ValueError` where there is none, and for several"
+    made = [network for network in NETWORKS.values() if network.config_class() is type(config)]
+    if len(made) == 1: return made[0]
+    if not made: raise ValueError(f'no network is made from {type(config).__name__}')
+    raise ValueError(f'{" and ".join(network.__name__ for network in made)} are made from '
+                     f'{type(config).__name__}: give each a configuration of its own, or use '
+                     'train(..., task=ClassifyTask(...))')
 
 # %% ../nbs/28_classifier.ipynb #d3a6a18a
 def load_classifier(
@@ -292,15 +295,17 @@ class ClassifyTask(Task):
         self.network, self.every_glimpse, self.limit = network, every_glimpse, limit
 
     def start(self, config, train_set):
-        "The network with fresh weights"
+        "The network with fresh weights; raises `ValueError` for images without labels"
+        check_labelled(train_set)
         return self.network(config)
 
     def optimizers(self, model, options):
-        "Adam alone, or Muon for the one large matrix and Adam for the rest"
-        recurrent = isinstance(model, DifferentiableRAM)
-        stack = (model.lstm.gates.weight, 4) if recurrent else (model.hidden.weight, 1)
+        "Adam alone, or Muon for the one large matrix, if it is there, and Adam for the rest"
+        cell, hidden = getattr(model, 'lstm', None), getattr(model, 'hidden', None)
+        stacks = [(cell.gates.weight, 4)] if isinstance(cell, LSTMCell) else []
+        if isinstance(hidden, nn.Linear): stacks.append((hidden.weight, 1))
         o = options
-        return make_optimizers(model, [stack], o.optimizer, o.learning_rate, o.weight_decay)
+        return make_optimizers(model, stacks, o.optimizer, o.learning_rate, o.weight_decay)
 
     def batch(self, data, indices, glimpses, config, random, share):
         "Images and their classes"
@@ -349,8 +354,7 @@ def glimpse_grid(
     "A row for each image, a column for each glimpse, with the window in green (Fig 5)"
     windows = model(images.to(next(model.parameters()).device)).windows
     if windows is None:
-        raise ValueError('the convolutional network sees the whole image at once: '
-                         'it has no glimpses to draw')
+        raise ValueError(f'{type(model).__name__} gives no windows: there are no glimpses to draw')
     seen = windows._replace(variance=windows.variance.clamp(min=(2 / zoom)**2)) # Not too thin
     glimpses = draw_windows(images, seen, model.config.read_size, zoom, READ_COLOR, clip=True)
     return image_grid(glimpses.transpose(0, 1).flatten(0, 1), columns=len(glimpses), pad=4)

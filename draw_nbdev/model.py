@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, get_args, get_type_hints
+from types import UnionType
+from typing import NamedTuple, Union, get_args, get_origin, get_type_hints
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
@@ -88,12 +89,14 @@ class DRAWConfig:
 
 # %% ../nbs/14_model.ipynb #cfgcheck
 def check_sizes(
-    config, # A dataclass whose fields are whole numbers, truth values and names
+    config, # A dataclass of whole numbers, truth values and names; other fields are passed over
 ) -> None:
     "Raise `ValueError` for a field of another type and for numbers below one"
     kinds = get_type_hints(type(config))
     for name in (field.name for field in fields(config)):
-        value, allowed = getattr(config, name), get_args(kinds[name]) or (kinds[name],)
+        value, hint = getattr(config, name), kinds[name]
+        allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if not {*allowed} <= {int, bool, str, type(None)}: continue # a field of somebody else's
         if type(value) not in allowed:
             raise ValueError(f'{name} must be {allowed[0].__name__}, got {repr(value)[:99]}')
         if type(value) is int and value < 1:
@@ -191,6 +194,9 @@ def make_part(
                              f'put it into PARTS, or hand it over as {kind}=')
         given = PARTS[kind][name]
     return given(config, *sizes)
+
+# %% ../nbs/14_model.ipynb #b67b6f82
+NAMELESS = 'partial', '<lambda>' # What factories without a name of their own are called
 
 # %% ../nbs/14_model.ipynb #namepart
 def name_parts(
@@ -376,6 +382,11 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
 
     def _save_pretrained(self, save_directory):
         "Weights and config.json; what is not set is left out"
+        taken = {field.name for field in fields(self.config_class())}
+        if unknown := sorted(asdict(self.config).keys() - taken):
+            raise ValueError(f'{type(self).__name__} could not be made again from a configuration '
+                             f'with {unknown[0]}: make a subclass whose __init__ is declared with '
+                             f'config: {type(self.config).__name__}')
         super()._save_pretrained(save_directory)
         sizes = {key: value for key, value in asdict(self.config).items() if value is not None}
         text = json.dumps({'model_type': self.kind(), **sizes}, sort_keys=True, indent=2)
@@ -560,12 +571,18 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
                      if self.made_of.get(name) is not is_made_of.get(name)]
         if exchanged and type(self) is DRAW: # a subclass may exchange them as it is made
             raise ValueError(f'{exchanged[0]} was exchanged after the network had been made, which '
-                             'config.json cannot say: hand the part to the constructor')
+                             'config.json cannot say: hand the part to the constructor, or make a '
+                             'subclass whose __init__ exchanges it')
+        for kind in PARTS:
+            name = getattr(self.config, f'{kind}_part')
+            if name in NAMELESS:
+                raise ValueError(f'{kind}= was a {name}, by which nobody can find it again: enter '
+                                 f'it in PARTS[{kind!r}] under a name, and give that')
         super()._save_pretrained(save_directory)
 
     def unchanged(self) -> bool:
         "Whether `steps` and all parts are those of this page, with nothing hooked on to them"
-        return steps_are_known(self) and parts_are_known(self)
+        return steps_are_known(self) and parts_are_known(self) and sizes_are_known(self)
 
 # %% ../nbs/14_model.ipynb #4417b7d9
 LINEAR = 'encoder.gates', 'decoder.gates', 'posterior'
@@ -594,6 +611,16 @@ def is_known_norm(
     if type(norm) is nn.Identity: return True
     complete = type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
     return complete and norm.eps == 1e-5
+
+# %% ../nbs/14_model.ipynb #550680ff
+def sizes_are_known(
+    model: 'DRAW', # Whose parts are the paper's
+) -> bool:
+    "Whether both windows have the sizes that the configuration says"
+    c, read, write = model.config, model.read, model.write
+    if not c.attention: return True
+    there = (read.height, read.width, read.size), (write.height, write.width, write.size)
+    return there == ((c.height, c.width, c.read_size), (c.height, c.width, c.write_size))
 
 # %% ../nbs/14_model.ipynb #stepknow
 def steps_are_known(

@@ -89,9 +89,10 @@ def make_optimizers(
     weight_decay: float = 0., # Share of the matrices, times lr, that every step takes away
 ) -> list[torch.optim.Optimizer]:
     "The optimisers that share a network's parameters"
+    stacks = [stack for stack in stacks if isinstance(stack[0], nn.Parameter)] # not computed ones
     matrices = [weight for weight, _ in stacks]
     rest = [p for p in model.parameters() if all(p is not weight for weight in matrices)]
-    if name == 'muon':
+    if name == 'muon' and stacks:
         return [torch.optim.Adam(rest, lr=lr),
                 Muon(stacks, lr=lr, weight_decay=weight_decay, together=True)]
     if not weight_decay: return [torch.optim.Adam(model.parameters(), lr=lr)]

@@ -353,7 +353,8 @@ def learning_curves(
     low, high = settled['bound'].min(), settled['bound'].max()
     margin = 0.05 * (high - low) or 1
     left.set_ylim(low - margin, high + margin)
-    right.set_ylim(0, 1.1 * settled[['reconstruction', 'latent']].max(axis=None))
+    terms_shown = settled[['reconstruction', 'latent']]
+    right.set_ylim(1.1 * min(0, terms_shown.min(axis=None)), 1.1 * terms_shown.max(axis=None))
     left.set(title='Bound', ylabel='nats per image')
     right.set(title=f'Its two terms, {styles[terms]["label"]}', ylabel='nats per image')
     for ax in (left, right):

@@ -6,7 +6,7 @@
 __all__ = ['update_average', 'generator_for', 'Task', 'choose_precision', 'machine', 'train']
 
 # %% ../nbs/22_training.ipynb #30ead3d4
-import os, platform, warnings
+import os, platform, tempfile, warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
@@ -27,7 +28,7 @@ from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_sta
 from .data import Images, check_images
 from .compiled import can_compile
 from .evaluation import evaluate
-from .files import md5, remove_partial, reraise_as, write_json
+from .files import md5, one_line, remove_partial, reraise_as, write_json
 from .graph import Captured, prepared
 from .loss import bound
 from .model import DRAW, DRAWConfig, LSTMCell
@@ -313,6 +314,21 @@ def check_start(
                              f'is to have {value}: make it of the configuration that start is '
                              'given, and load weights into that')
 
+# %% ../nbs/22_training.ipynb #0873f9f0
+def check_loading(
+    model: nn.Module, # What the task starts with
+    network: type[nn.Module], # What is to load the weights that a run keeps
+) -> None:
+    "Raise `ValueError` where it could not: now, and not after the last epoch"
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        try:
+            model.save_pretrained(folder)
+            network.from_pretrained(Path(folder))
+        except (OSError, SafetensorError): return # no room to try it in
+        except ValueError as error:
+            raise ValueError('what this run keeps could not be loaded again: '
+                             + one_line(error).replace(folder, 'it')) from None
+
 # %% ../nbs/22_training.ipynb #89765115
 PLAIN = bool, int, float, str, type(None), tuple, list, dict # What a setting may be
 
@@ -375,8 +391,10 @@ def train(
     accelerator.wait_for_everyone() # nobody writes before everybody has looked
     with take_lock(out, accelerator):
         torch.manual_seed(options.seed)
-        model = task.start(config, train_set).to(accelerator.device)
+        model = task.start(config, train_set)
         check_start(model, config)
+        check_loading(model, task.network)
+        model = model.to(accelerator.device)
         if can_compile(accelerator.device) and getattr(model, 'scan', None) == 'fused':
             model.scan = 'compiled'
         averaged = AveragedModel(model).eval() # what is validated and kept

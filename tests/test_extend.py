@@ -5,25 +5,29 @@ was meant, without an error; some for an error that named something else.
 """
 from __future__ import annotations # As many write it; annotations are then strings
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Literal
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import distributions, nn
 import draw_nbdev.model as model_module
-from draw_nbdev.attention import AttentiveRead
+from draw_nbdev.attention import AttentiveRead, AttentiveWrite, read_patch
 from draw_nbdev.checkpoints import differences, read_metrics, read_run
-from draw_nbdev.classifier import (ClassifyTask, Convolutional, ConvolutionalConfig,
-                                   DifferentiableRAM, RAMConfig, classification_error)
+from draw_nbdev.classifier import (NETWORKS, ClassifyTask, Convolutional, ConvolutionalConfig,
+                                   DifferentiableRAM, RAMConfig, classification_error,
+                                   network_for)
 from draw_nbdev.data import Images
 from draw_nbdev.data_sets import find
 from draw_nbdev.digits import LabelledImages
 from draw_nbdev.evaluation import evaluate, evaluating, nearest_images
 from draw_nbdev.images import image_folder
 from draw_nbdev.loss import bound, importance_weighted_bound, reconstruction_loss
-from draw_nbdev.model import DRAW, DRAWConfig, find_weights
+from draw_nbdev.model import DRAW, Bernoulli, DRAWConfig, find_weights
 from draw_nbdev.options import TrainOptions, learning_rate
+from draw_nbdev.plots import learning_curves
 from draw_nbdev.training import Task, describe, train, update_average
 
 SMALL = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3,
@@ -199,19 +203,108 @@ def test_classification_without_dropout():
 def test_validation_without_dropout_and_with_buffers(tmp_path):
     "The averaged network is in evaluation mode, and has the buffers of the one that learns"
     seen = []
-    class Looking(Task):
-        network = DRAW
+    class Dropped(DRAW):
+        def __init__(self, config): super().__init__(config, read=Dropping(5, 7, 2, 2, 8))
 
-        def start(self, config, train_set):
-            return DRAW(config, read=Dropping(5, 7, 2, 2, 8)).start_from(train_set.mean())
+    class Looking(Task):
+        network = Dropped
 
         def validate(self, model, data, glimpses, limit):
             seen.append((model.training, model.read.training, model.read.calls.item()))
             return super().validate(model, data, glimpses, limit)
 
-    with pytest.raises(ValueError, match="no read part 'Dropping'"): # which is how parts are loaded
-        train(SMALL, toy(), toy('valid'), tmp_path, QUICK, Looking())
+    train(SMALL, toy(), toy('valid'), tmp_path, QUICK, Looking())
     assert seen == [(False, False, 6)] # two updates of three steps
+
+@dataclass(frozen=True)
+class Wider(DRAWConfig): kernel: int = 3
+
+class Sub(DRAW): pass
+
+def normed(config):
+    model = DRAW(config)
+    torch.nn.utils.parametrizations.weight_norm(model.encoder.gates)
+    return model
+
+@pytest.mark.parametrize('config, start, told', [
+    (Wider(**asdict(SMALL)), DRAW, 'with kernel: make a subclass whose __init__'),
+    (SMALL, lambda c: DRAW(c, read=Dropping(5, 7, 2, 2, 8)), "no read part 'Dropping'"),
+    (SMALL, lambda c: DRAW(c, likelihood=partial(Bernoulli)), r'likelihood= was a partial'),
+    (SMALL, Sub, "holds a network of type 'Sub'"),
+    (SMALL, normed, 'make a subclass whose __init__ exchanges it'),
+], ids=['field', 'part', 'nameless', 'subclass', 'exchanged'])
+def test_what_could_not_be_loaded_is_not_trained(config, start, told, tmp_path):
+    "Training says so before its first update, and not after its last epoch"
+    class Starting(Task):
+        def start(self, config, train_set): return start(config)
+    told = f'^what this run keeps could not be loaded again: .*{told}'
+    with pytest.raises(ValueError, match=told):
+        train(config, toy(), toy('valid'), tmp_path / 'run', QUICK, Starting())
+    assert not (tmp_path / 'run/run.json').exists()
+
+def test_rehearsal_draws_nothing(tmp_path):
+    "What is loaded to try it is made of other random numbers than the run"
+    class Watching(Task):
+        def start(self, config, train_set):
+            model = super().start(config, train_set)
+            self._after = torch.get_rng_state()
+            return model
+
+        def optimizers(self, model, options):
+            assert torch.equal(torch.get_rng_state(), self._after)
+            return super().optimizers(model, options)
+    train(SMALL, toy(), toy('valid'), tmp_path, QUICK, Watching())
+
+def test_windows_of_another_size():
+    "The paper's part, made with another size, is not one that the fused scan knows"
+    for kind, made in (('read', AttentiveRead), ('write', AttentiveWrite)):
+        part = {kind: made(5, 7, 2, 4, 8)}
+        model, images = DRAW(SMALL, **part), torch.rand(3, 2, 5, 7)
+        noise = torch.randn(SMALL.glimpses, 3, SMALL.latent_size)
+        *_, last = model.steps(images, noise)
+        torch.testing.assert_close(model(images, noise).canvas, last.canvas)
+        assert not model.unchanged() and DRAW(SMALL).unchanged()
+
+def test_classifiers_of_ones_own(tmp_path, monkeypatch):
+    "Two networks of one configuration are not mixed up; one without known matrices has Adam"
+    class Head(DifferentiableRAM):
+        model_type = 'head'
+        def __init__(self, config):
+            super().__init__(config)
+            self.lstm = None
+            self.cell = nn.GRUCell(config.channels * config.read_size**2, config.hidden_size)
+    monkeypatch.setitem(NETWORKS, 'head', Head)
+    with pytest.raises(ValueError, match='DifferentiableRAM and Head are made from RAMConfig'):
+        network_for(RAMConfig())
+    for options in (QUICK, replace(QUICK, weight_decay=0.1), replace(QUICK, optimizer='muon')):
+        head = Head(RAMConfig())
+        [optimizer] = ClassifyTask(Head).optimizers(head, options)
+        assert {p for o in optimizer.param_groups for p in o['params']} == {*head.parameters()}
+    sizes, task = RAMConfig(height=5, width=7, channels=2), ClassifyTask(DifferentiableRAM)
+    with pytest.raises(ValueError, match='toy says nothing of classes'):
+        train(sizes, toy(), toy('valid'), tmp_path, QUICK, task)
+
+def test_curves_of_a_density():
+    "A density may be above one, and its reconstruction loss below zero"
+    rows = [dict(step=step, epoch=0, split='valid', bound=-90., reconstruction=-100., latent=10.)
+            for step in (1, 2)]
+    low, high = learning_curves(rows).axes[1].get_ylim()
+    assert low < -100 and high > 10
+
+def test_images_without_channels_are_refused():
+    with pytest.raises(ValueError, match='shape'):
+        read_patch(torch.rand(4, 8, 8), torch.rand(4, 2, 8), torch.rand(4, 2, 8))
+    half = read_patch(torch.rand(4, 1, 8, 8).bfloat16(), torch.rand(4, 2, 8), torch.rand(4, 2, 8))
+    assert half.dtype == torch.float32
+
+def test_fields_of_other_kinds():
+    @dataclass(frozen=True)
+    class Config(DRAWConfig):
+        kernel: tuple[int, int] = (3, 5)
+        padding: Literal['same', 'valid'] = 'same'
+        depth: int | None = None
+    assert Config().kernel == (3, 5)
+    with pytest.raises(ValueError, match='depth must be at least 1'): Config(depth=0)
 
 def test_buffers_follow():
     model = nn.BatchNorm1d(2)

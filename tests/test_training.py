@@ -319,7 +319,7 @@ FAULTS = {
     ),
     'best weights': (
         lambda patch: patch.setattr(
-            DRAW, 'save_pretrained', when(calls(1), DRAW.save_pretrained, full_disk)
+            DRAW, 'save_pretrained', when(calls(2), DRAW.save_pretrained, full_disk)
         ),
         8,
     ),

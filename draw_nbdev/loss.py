@@ -44,7 +44,7 @@ def kl_divergence(
 
 # %% ../nbs/20_loss.ipynb #8c9f291b
 class Bound(NamedTuple):
-    "An upper bound on -log p(x) and its parts, in nats per image, from one draw"
+    "One draw of what is in the mean an upper bound on -log p(x), and its parts, nats per image"
     total: Tensor # L, shape (batch,)
     reconstruction: Tensor # L^x, shape (batch,)
     latent: Tensor # L^z, summed over steps, shape (batch,)

@@ -1,4 +1,4 @@
-"Packaging: every value is in settings.ini"
+"Packaging: what is likely to change is in settings.ini, the trove classifiers are here"
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
@@ -8,12 +8,15 @@ ini = ConfigParser(delimiters=['='])
 ini.read('settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 extras = {k.removesuffix('_requirements'): shlex.split(v) for k,v in cfg.items() if k.endswith('_requirements')}
+# Links that work in the repository have to be whole ones on a package index
+readme = Path('README.md').read_text(encoding='utf-8')
+readme = readme.replace('](nbs/images/', f"]({cfg['git_url']}/raw/{cfg['branch']}/nbs/images/").replace('](nbs/', f"]({cfg['git_url']}/blob/{cfg['branch']}/nbs/")
 pythons = [f'Programming Language :: Python :: 3.{minor}' for minor in (10, 11, 12, 13)]
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], license='MIT', url=cfg['git_url'],
-    long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=readme, long_description_content_type='text/markdown',
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', *pythons],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),

@@ -46,7 +46,7 @@ def find_parts(
             packed, unpacked = path / f'{part}.tar.gz', path / part
             if packed.is_file(): found[part] = packed
             elif (unpacked / 'digitStruct.mat').is_file(): found[part] = unpacked
-    elif zipfile.is_zipfile(path):
+    elif path.is_file() and zipfile.is_zipfile(path): # a pipe would be waited for
         with damage_in(path), zipfile.ZipFile(path) as archive: names = archive.namelist()
         boxes = [name for name in names if name.endswith('/digitStruct.mat')]
         for part in SVHN_SHA256:

@@ -141,8 +141,8 @@ def check_folder(
 
     And where nothing can be written there, before the work instead of after it."""
     place = next(o for o in (out.absolute(), *out.absolute().parents) if o.exists())
-    below_file = not out.exists() and not place.is_dir()
-    if below_file or place.is_dir() and not os.access(place, os.W_OK):
+    no_folder = not out.exists() and (out.is_symlink() or not place.is_dir())
+    if no_folder or place.is_dir() and not os.access(place, os.W_OK):
         raise ValueError(f'nothing can be written to {out}: choose another --out')
     if not out.exists() or (out / marker).is_file(): return
     def left(file): return file.name == LOCK or is_partial(file) # by a run that was stopped at once

@@ -49,7 +49,7 @@ def find_data(
     images: Path | None, # --images
     size: int | None, # --size
     split: str, # train, valid or test
-    default: str | None, # Data set where neither is given
+    default: str, # Data set where neither is given
 ): # As `draw_nbdev.data_sets.find`
     "The split that --data or --images means, or that of the default data set"
     from draw_nbdev.data_sets import DATA_SETS, find
@@ -59,9 +59,6 @@ def find_data(
     if data is not None and data not in DATA_SETS:
         raise ValueError(f'no data set {data!r}: choose one of {", ".join(DATA_SETS)}, '
                          'or give --images')
-    if images is None and name is None:
-        raise ValueError('this network was not trained on a data set with a name: '
-                         'give --data or --images')
     if images is not None and not images.exists():
         raise FileNotFoundError(f'{images}: no such folder or zip file')
     found = find(images or name, split, size)
@@ -448,8 +445,10 @@ def evaluate_command(
     history = folder and folder / 'training.json'
     if history and history.is_file(): trained_on = data_of(history)
     known = trained_on in DATA_SETS or find_file(f'{trained_on}.zip')
-    default = trained_on if known else None
-    found = find_data(data, images, size, split, default)
+    if not known and data is None and images is None:
+        raise ValueError(f'{model} was trained on {trained_on}, and {trained_on}.zip is not in '
+                         'the data folder (see draw data): put it there, or give --data or --images')
+    found = find_data(data, images, size, split, trained_on)
     if draws: result = evaluate(network, found, glimpses, seeds, samples, limit)
     else: result = classification_error(network, found, glimpses, limit)
     say_data(result)
@@ -545,8 +544,8 @@ def benchmark_command(
     from draw_nbdev.benchmark import benchmark
     if json_file and json_file.exists():
         raise ValueError(f'{json_file} exists: choose another --json, or remove it')
-    if json_file and not json_file.parent.is_dir():
-        raise ValueError(f'{json_file.parent} is no folder: '
+    if json_file and not (json_file.parent.is_dir() and os.access(json_file.parent, os.W_OK)):
+        raise ValueError(f'{json_file.parent} is no folder that can be written to: '
                          'make it first, or choose another --json')
     if not 0 < seconds < 86400:
         raise ValueError(f'--seconds must be above 0 and at most a day, got {seconds}')
@@ -574,10 +573,12 @@ def data_command():
 def main() -> None:
     "The command `draw`"
     stopped = 130, 'interrupted'
+    for stream in (sys.stdout, sys.stderr): # a code page may not have what a path has
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     alone = threading.current_thread() is threading.main_thread() and 'RANK' not in os.environ
     if alone: signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(sys.argv[1:] or ['--help'], standalone_mode=False) or 0
         if code != 130: sys.exit(code)
         code, text = stopped # Typer turns Ctrl-C into this number
     except Interrupted as error: code, text = 130, str(error)

@@ -70,9 +70,9 @@ def copy_own(
     if kind is Convolutional:
         raise ValueError(f'{model} sees an image as a whole: there are no glimpses to show')
     kind.from_pretrained(model).save_pretrained(weights / OWN)
-    history = Path(model) / 'training.json', Path(model) / 'best' / 'training.json'
-    for file in history:
-        if file.is_file(): shutil.copy(file, weights / OWN)
+    folder = find_weights(model) # None on the Hub
+    if folder and (folder / 'training.json').is_file():
+        shutil.copy(folder / 'training.json', weights / OWN)
     return entry(weights / OWN, OWN, str(model))
 
 # %% ../nbs/41_demo.ipynb #618b73a8

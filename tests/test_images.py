@@ -9,6 +9,7 @@ from PIL import Image
 
 from draw_nbdev import images as module
 from draw_nbdev.data import SPLITS
+from draw_nbdev.data_sets import find
 from draw_nbdev.images import SUFFIXES, image_folder, split_files
 
 CIFAR = Path(os.environ.get('DRAW_DATA', '')) / 'cifar10_jpeg.zip'
@@ -101,8 +102,9 @@ def test_named_pipes_are_no_images(tmp_path):
     os.mkfifo(tmp_path/'pipe.png')
     os.mkfifo(tmp_path/'pipe.zip')
     assert len(image_folder(tmp_path, 'train')) == 1
-    with pytest.raises(ValueError, match='neither a folder nor a zip'):
-        image_folder(tmp_path/'pipe.zip', 'train')
+    for read in (image_folder, find):
+        with pytest.raises(ValueError, match='neither a folder nor a zip'):
+            read(tmp_path/'pipe.zip', 'train')
 
 
 def test_folder_that_cannot_be_read(tmp_path, monkeypatch):

@@ -56,9 +56,9 @@ def test_requirements_are_uncapped_and_constrained():
         assert not missing, f'{key} without a line in constraints.txt: {missing}'
 
 def test_import_is_light():
-    """`import draw_nbdev` alone does not pull in torch, so that the command line can answer
-    --help at once"""
-    run(sys.executable, '-c', "import sys, draw_nbdev; assert 'torch' not in sys.modules", cwd=ROOT)
+    "The command line does not pull in torch, so that it can answer --help at once"
+    program = "import sys, draw_nbdev.cli; assert 'torch' not in sys.modules"
+    run(sys.executable, '-c', program, cwd=ROOT)
 
 # ---- notebooks as files
 
@@ -157,23 +157,40 @@ def test_modules_import_only_upwards():
     allowed = {name: set(order[:i]) for i, name in enumerate(order)} | {
         'plots': {'files'}, 'filterbank': set(),
     }
+    there = {file.stem: file for file in (ROOT/NAME).glob('*.py')}
+    assert {*order} == there.keys() - {'__init__', '_modidx'}
+    def imported(tree):
+        "Modules of the package, in whichever form they are imported"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import): found = [o.name for o in node.names]
+            elif not isinstance(node, ast.ImportFrom): continue
+            else:
+                module = '.'.join([NAME] * bool(node.level) + [node.module] * bool(node.module))
+                found = [f'{module}.{o.name}' for o in node.names]
+            for name in found:
+                package, *rest = name.split('.')
+                if package == NAME and rest[0] in there: yield rest[0]
     for name,above in allowed.items():
-        file = ROOT/NAME/f'{name}.py'
-        if not file.is_file(): continue
-        nodes = [
-            o
-            for o in ast.walk(ast.parse(file.read_text(encoding='utf-8')))
-            if isinstance(o, ast.ImportFrom)
-        ]
-        named = [
-            (o.module or '').removeprefix(NAME).lstrip('.')
-            for o in nodes
-            if o.level or o.module.partition('.')[0] == NAME
-        ]
-        own = {o for o in named if o}
+        own = {*imported(ast.parse(there[name].read_text(encoding='utf-8')))}
         assert own <= above, f'{name} imports {own - above}'
 
 # ---- what is shipped
+
+def test_source_distribution(tmp_path):
+    "What the tests and the pages read is in there"
+    run(sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), cwd=ROOT)
+    packed = set(next(tmp_path.glob('*/SOURCES.txt')).read_text(encoding='utf-8').split('\n'))
+    folders = 'nbs/*.ipynb', 'nbs/images/*', 'results/*.json', 'tests/*', 'tools/*'
+    needed = {str(file.relative_to(ROOT)) for pattern in folders for file in ROOT.glob(pattern)
+              if file.is_file()}
+    needed |= {'settings.ini', 'setup.py', 'constraints.txt', 'README.md', 'CONTRIBUTING.md'}
+    assert not needed - packed
+
+def test_description_has_no_relative_links(tmp_path):
+    run(sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', str(tmp_path), cwd=ROOT)
+    said = next(tmp_path.glob('*/PKG-INFO')).read_text(encoding='utf-8')
+    links = re.findall(r'\]\(([^)]+)\)', said)
+    assert links and not [link for link in links if not link.startswith(('https://', '#'))]
 
 def test_package_ships_data_and_weights(tmp_path):
     "Every file under assets/ and pretrained/ is built into the package"

@@ -74,6 +74,7 @@ def test_commands_of_results(name, record):
         {}, dict(epochs=7, growth=((4, 3),)), dict(clip_norm=None, average=0.5),
         dict(seed=3, decay=0.25, rate_warmup=0), dict(every_glimpse=True),
         dict(optimizer='adam', learning_rate=1e-4, final_rate=0.5),
+        dict(layer_norm=True, hidden_size=24),
     ],
     ids=str,
 )
@@ -88,13 +89,17 @@ def test_commands_of_any_run(network, changes, record):
             and network in PRESETS
         ):
             continue
-        options = replace(recipe(network, kind), **changes)
+        sizes = {key: changes[key] for key in changes if key in ('layer_norm', 'hidden_size')}
+        if 'layer_norm' in sizes and network not in PRESETS: continue
+        config = replace(NETWORKS[network], **sizes)
+        learned = {key: changes[key] for key in changes if key not in sizes}
+        options = replace(recipe(network, kind), **learned)
         history = {
-            'config': asdict(NETWORKS[network]), 'options': json.loads(json.dumps(asdict(options))),
+            'config': asdict(config), 'options': json.loads(json.dumps(asdict(options))),
             'data': {'name': 'mnist_fixed'}, 'segments': [],
         }
         line = record.command(history, network)
-        assert parsed(line)[:2] == (NETWORKS[network], options), line
+        assert parsed(line)[:2] == (config, options), line
     if not changes: assert line.split()[2:] in ([network], [network, '--recipe', 'paper'])
 
 OPTIONS = dict(
@@ -391,6 +396,9 @@ def test_verdicts_of_faults(code, said, lost, expected, tool, tmp_path):
     before = tool('faults').contents(tmp_path)
     if lost: file.write_text('Nothing')
     assert tool('faults').verdict(code, said, before, tmp_path) == expected
+    if code == 0:
+        file.unlink()
+        assert tool('faults').verdict(code, said, before, tmp_path) == 'lost'
 
 def test_faults_are_the_same_for_a_seed(tool, tmp_path):
     "Commands of known verbs and options; damage to a file of the run and nowhere else"

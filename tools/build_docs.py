@@ -1,8 +1,8 @@
 """Build the site into `_docs` without Quarto: nbdev's own processors, then smalldocs, which is pure Python.
 
     pip install -e '.[dev,docs]'
-    npm pack katex@0.16.11 && tar xzf katex-0.16.11.tgz
-    python tools/build_docs.py --katex package/dist
+    npm pack katex@0.16.11 && mkdir -p _katex && tar xzf katex-0.16.11.tgz -C _katex
+    python tools/build_docs.py --katex _katex/package/dist
 
 Quarto (`nbdev_docs`) makes the published site from the same notebooks and the same `_quarto.yml`. This script is for machines without it.
 It does three things that smalldocs leaves undone: it names pages as nbdev does, turns links to the published site into links between the

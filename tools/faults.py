@@ -66,7 +66,8 @@ def contents(folder): return {file: file.read_bytes() for file in folder.rglob('
 def verdict(code, said, before, folder):
     "How a try has ended"
     lost = [file for file, was in before.items() if not file.is_file() or code == 2 and file.read_bytes() != was]
-    if code == 0 and 'Traceback' not in said: return 'ended well'
+    gone = [file for file in lost if not file.is_relative_to(folder / 'run')] # a run removes states of its own
+    if code == 0 and 'Traceback' not in said and not gone: return 'ended well'
     errors = [line for line in said.splitlines() if line.startswith('draw: ')]
     if code == 2 and len(errors) == 1 and said.rstrip().endswith(errors[0]) and 'Traceback' not in said and len(errors[0]) < 1500 and not lost: return 'refused with one line'
     return 'lost'

@@ -118,13 +118,17 @@ def notebook_of(module):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('modules', nargs='*', default=[*MUTATIONS], metavar='MODULE', help='default: all')
+    add('modules', nargs='*', metavar='MODULE', help=f'of {", ".join(MUTATIONS)}; default: all')
     add('--like', default='', metavar='TEXT', help='mistakes with this in their name')
     add('--seconds', type=float, default=300, help='for the tests and for the notebook')
     add('--no-notebook', action='store_true', help='the tests alone')
     add('--check', action='store_true', help='only see that every text is there once')
     o = parser.parse_args()
-    chosen = [(m, *row) for m in o.modules for row in MUTATIONS[m] if o.like in row[0]]
+    unknown = [m for m in o.modules if m not in MUTATIONS]
+    if unknown: parser.error(f'no mistakes for {unknown[0]}: choose of {", ".join(MUTATIONS)}')
+    modules = o.modules or MUTATIONS
+    chosen = [(m, *row) for m in modules for row in MUTATIONS[m] if o.like in row[0]]
+    if not chosen: parser.error(f'no mistake has {o.like!r} in its name')
     problems = []
     for module, name, old, new in chosen:
         try: mutate(ROOT, module, old, new)

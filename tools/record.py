@@ -34,7 +34,9 @@ def command(
 def flags_for(recorded, config, sizes, network, kind, chosen):
     "Options of the command line for everything that a recipe does not say; `chosen`: precision auto has been tried out, and the hardware has chosen"
     options, usual = TrainOptions(**recorded), recipe(network, kind)
-    given = {key: value for key, value in sizes.items() if key != 'glimpses'}
+    told_by_images = 'height', 'width', 'channels'
+    given = {key: value for key, value in sizes.items() if key != 'glimpses' and key not in told_by_images and value is not True}
+    switches = [f'--{key.replace("_", "-")}' for key, value in sizes.items() if value is True]
     if 'glimpses' not in sizes and options.growth == with_epochs(usual, options.epochs).growth:
         if options.epochs != usual.epochs: given['epochs'] = options.epochs
     else:
@@ -43,8 +45,8 @@ def flags_for(recorded, config, sizes, network, kind, chosen):
     apart = 'epochs', 'growth', 'log_every', 'save_every', 'every_glimpse', *(['precision'] if chosen and usual.precision == 'auto' else [])
     given |= {key: value for key, value in asdict(options).items() if value != getattr(usual, key) and key not in apart}
     words = [word for key, value in given.items() for word in (f'--{key.replace("_", "-")}', 'none' if value is None else f'{value:g}' if isinstance(value, float) else str(value))]
-    if options.every_glimpse != usual.every_glimpse: words.append('--every-glimpse' if options.every_glimpse else '--last-glimpse')
-    return (['--recipe', 'paper'] if kind == 'paper' else []) + words
+    if options.every_glimpse != usual.every_glimpse: words.append('--every-glimpse' if options.every_glimpse else '--no-every-glimpse')
+    return (['--recipe', 'paper'] if kind == 'paper' else []) + words + switches
 
 @torch.no_grad()
 def read_path(

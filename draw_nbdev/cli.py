@@ -447,7 +447,8 @@ def evaluate_command(
     known = trained_on in DATA_SETS or find_file(f'{trained_on}.zip')
     if not known and data is None and images is None:
         raise ValueError(f'{model} was trained on {trained_on}, and {trained_on}.zip is not in '
-                         'the data folder (see draw data): put it there, or give --data or --images')
+                         'the data folder (draw data names it): put it there, or give --data '
+                         'or --images')
     found = find_data(data, images, size, split, trained_on)
     if draws: result = evaluate(network, found, glimpses, seeds, samples, limit)
     else: result = classification_error(network, found, glimpses, limit)

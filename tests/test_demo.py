@@ -23,6 +23,10 @@ def test_own_network(page):
     assert 'own' not in [row['name'] for row in others] and others[0]['name'] == 'mnist'
     assert {row['name']: row['binary'] for row in others}['svhn_sample'] is False
 
+def test_packaged_network_that_is_not_in_the_list(tmp_path):
+    first, *_ = json.loads((live_files(tmp_path, 'mnist_150_epochs') / 'models.json').read_text())
+    assert first['title'] == 'mnist_150_epochs' and first['binary']
+
 @pytest.mark.parametrize('text', ['', '[]', '{"data": 3}', '{"data": null}'])
 def test_own_network_with_a_damaged_history(text, tmp_path):
     DRAW(DRAWConfig(glimpses=2, hidden_size=4)).save_pretrained(tmp_path / 'own')

@@ -15,7 +15,7 @@ pythons = [f'Programming Language :: Python :: 3.{minor}' for minor in (10, 11, 
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    author=cfg['author'], author_email=cfg['author_email'], license='MIT', url=cfg['git_url'],
+    author=cfg['author'], author_email=cfg['author_email'], license='MIT AND CC-BY-SA-3.0', license_files=['LICENSE', 'draw_nbdev/assets/LICENSE-MNIST.txt'], url=cfg['git_url'],
     long_description=readme, long_description_content_type='text/markdown',
     project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', *pythons],

@@ -1,4 +1,4 @@
-"Packaging: what is likely to change is in settings.ini, the trove classifiers are here"
+"Packaging: licence and classifiers stand here, everything else in settings.ini"
 import shlex
 from configparser import ConfigParser
 from pathlib import Path

@@ -6,7 +6,7 @@
 __all__ = ['SVHN_URL', 'find_parts']
 
 # %% ../nbs/55_archives.ipynb #fc6584a1
-import hashlib, io, tarfile, zipfile, zlib
+import hashlib, tarfile, zipfile, zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial

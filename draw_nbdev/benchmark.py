@@ -7,7 +7,7 @@ __all__ = ['SCANS', 'product_sizes', 'PlainProduct', 'plain_gradient', 'floor_st
            'training_step', 'run_alone', 'peak_memory', 'compare', 'benchmark']
 
 # %% ../nbs/67_benchmark.ipynb #de542b91
-import itertools, math, subprocess, sys, time
+import itertools, math, multiprocessing, subprocess, sys, time
 from statistics import median
 import torch
 from torch import Tensor
@@ -139,16 +139,19 @@ def peak_memory(
     batch: int, # Images in a batch
 ) -> dict[str, float]: # Name -> MB, everything included; empty where it cannot be measured
     "Largest memory of a new process for each scan that trains for three steps"
-    jobs = ', '.join(f'({scan!r}, {config}, {batch})' for scan in scans)
+    if 'fork' not in multiprocessing.get_all_start_methods(): return {}
     code = f"""
 import multiprocessing, torch
+from concurrent.futures import ProcessPoolExecutor
 from draw_nbdev.benchmark import run_alone
 from draw_nbdev.model import DRAWConfig
 torch.set_num_threads({torch.get_num_threads()})
-pool = multiprocessing.get_context('fork').Pool(1, maxtasksperchild=1)
-print(*pool.starmap(run_alone, [{jobs}], chunksize=1))"""
+for scan in {scans}:
+    with ProcessPoolExecutor(1, multiprocessing.get_context('fork')) as alone:
+        print(alone.submit(run_alone, scan, {config}, {batch}).result())"""
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    if run.returncode: return {} # killed for its memory, or on a system that cannot fork
+    if 'BrokenProcessPool' in run.stderr: return {} # killed for its memory
+    run.check_returncode()
     return dict(zip(scans, map(float, run.stdout.split())))
 
 # %% ../nbs/67_benchmark.ipynb #5856c71e

@@ -140,9 +140,9 @@ def check_folder(
     """Raise `ValueError` if `out` holds something else, so that nobody's files are overwritten
 
     And where nothing can be written there, before the work instead of after it."""
-    place = next(o for o in (out.absolute(), *out.absolute().parents) if o.exists())
-    no_folder = not out.exists() and (out.is_symlink() or not place.is_dir())
-    if no_folder or place.is_dir() and not os.access(place, os.W_OK):
+    there = [o for o in (out.absolute(), *out.absolute().parents) if o.exists()]
+    begun = out.exists() or there and there[0].is_dir() and not out.is_symlink()
+    if not begun or there[0].is_dir() and not os.access(there[0], os.W_OK):
         raise ValueError(f'nothing can be written to {out}: choose another --out')
     if not out.exists() or (out / marker).is_file(): return
     def left(file): return file.name == LOCK or is_partial(file) # by a run that was stopped at once

@@ -19,7 +19,7 @@ from .processes import launched, leads, process_count, processes
 # %% ../nbs/40_cli.ipynb #b89f5a25
 app = typer.Typer(help='DRAW, a recurrent neural network that generates images in steps: '
                        'train it, evaluate it, watch it draw.',
-                  no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+                  add_completion=False, rich_markup_mode=None)
 
 # %% ../nbs/40_cli.ipynb #cdd1f65d
 def option(
@@ -390,11 +390,13 @@ def data_of(
     history: Path, # training.json beside the weights
 ) -> str: # Name of the data set they learned from
     "What training.json says; raises `ValueError` where it says nothing"
+    from draw_nbdev.colour import UNVERIFIED
     from draw_nbdev.data_sets import DATA_SETS
     try: name = str(json.loads(history.read_text(encoding='utf-8'))['data']['name'])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f'{history} is damaged: remove it, '
                          'and name the data with --data or --images') from None
+    if name == UNVERIFIED: return 'svhn' # found by that name
     for entry in DATA_SETS.values(): # one with a substitute, where there is such an entry
         if entry.official == name and entry.substitute: return entry.name
     return name
@@ -579,7 +581,7 @@ def main() -> None:
     alone = threading.current_thread() is threading.main_thread() and 'RANK' not in os.environ
     if alone: signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C
     try:
-        code = app(sys.argv[1:] or ['--help'], standalone_mode=False) or 0
+        code = app(None if sys.argv[1:] else ['--help'], standalone_mode=False) or 0
         if code != 130: sys.exit(code)
         code, text = stopped # Typer turns Ctrl-C into this number
     except Interrupted as error: code, text = 130, str(error)

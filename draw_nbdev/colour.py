@@ -6,7 +6,7 @@
 __all__ = ['CROP', 'GROWTH', 'PATCH', 'digit_boxes', 'grown_box', 'crop_number', 'PatchImages', 'house_numbers', 'svhn']
 
 # %% ../nbs/54_colour.ipynb #16bfa26e
-import io
+import io, os
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
@@ -212,6 +212,9 @@ def cut_validation(crops: list[np.ndarray], split: str) -> list[np.ndarray]:
     if split == 'valid': return [some[:cut] for some, cut in zip(crops, cuts)]
     return [some[cut:] for some, cut in zip(crops, cuts)]
 
+# %% ../nbs/54_colour.ipynb #90aa742f
+UNVERIFIED = 'svhn_unverified' # Name of files in a folder svhn that are not known to be SVHN
+
 # %% ../nbs/54_colour.ipynb #8a7e4753
 def house_numbers(
     path: str | Path, # Folder with train.tar.gz and so on, or these unpacked; or a zip of them
@@ -243,8 +246,9 @@ def house_numbers(
     pixels, named = torch.from_numpy(np.concatenate(crops)), ' and '.join(parts)
     if foreign:
         name = set_name(path)
-        if name == 'svhn': name = 'svhn_unverified' # nobody shall take it for that set
-        note = (f'house numbers of {path.name}, {named}, not known to be the official SVHN: '
+        if name == 'svhn': name = UNVERIFIED # nobody shall take it for that set
+        where = Path(os.path.abspath(path)).name
+        note = (f'house numbers of {where}, {named}, not known to be the official SVHN: '
                 'not comparable with the paper')
     else:
         name, note = 'svhn', f'SVHN full numbers, {named}'

@@ -127,9 +127,6 @@ def mnist_folder(root: str | Path | None) -> Path:
             if path.is_file() and md5(path.read_bytes()) != MNIST_MD5[name]:
                 raise ValueError(f'{path} is not the official file (wrong MD5); '
                                  'remove it, and it will be unpacked again')
-        old = folder / 'MNIST' / 'processed'
-        if old.exists():
-            raise ValueError(f'{old} would be read in place of the official files: remove it')
         if all(path.is_file() for path in paths.values()): return folder
     contents = {f'MNIST/raw/{name}': read_asset(name, known) for name, known in MNIST_MD5.items()}
     return store(contents, root)
@@ -139,9 +136,15 @@ def mnist(
     train: bool = True, # The 60,000 training digits, or the 10,000 test digits
     root: str | Path | None = None, # Data folder; `data_root()` if None
 ): # torchvision's MNIST: `.data` (count, 28, 28) uint8 and `.targets` (count,) classes
-    "MNIST as torchvision reads it, without a download"
+    """MNIST as torchvision reads it, without a download
+
+    Raises `ValueError` for damaged files, and for older ones that torchvision would prefer."""
     from torchvision.datasets import MNIST # here, because it is slow to import
-    return MNIST(mnist_folder(root), train=train, download=False)
+    folder = mnist_folder(root)
+    old = [folder / 'MNIST' / 'processed' / f'{part}.pt' for part in ('training', 'test')]
+    if all(file.is_file() for file in old):
+        raise ValueError(f'{old[0].parent} would be read in place of the official files: remove it')
+    return MNIST(folder, train=train, download=False)
 
 # %% ../nbs/51_data.ipynb #c615ca8d
 def grey_pixels(split: str, root: str | Path | None) -> Tensor: # (count, 1, 28, 28), uint8

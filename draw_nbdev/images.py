@@ -105,8 +105,8 @@ def split_files(
         deeper = [name for name, steps in below.items()
                   if any(step.lower() in FOLDER_SPLITS for step in steps[1:-1])]
         if deeper:
-            warnings.warn(f'{deeper[0]} and {len(deeper) - 1} more images are sorted by chance: '
-                          'folders that name a split count at the top only', stacklevel=2)
+            warnings.warn(f'{deeper[0]} and {len(deeper) - 1} more images are sorted by their '
+                          'names: folders that name a split count at the top only', stacklevel=2)
     if None in splits:
         first, *more = splits[None]
         warnings.warn(f'{first} and {len(more)} more images are left out: they are in none of the '
@@ -210,9 +210,8 @@ def common_size(path: Path, names: list[str], sizes: list[tuple[int, int]]) -> t
 def set_name(
     path: Path, # A folder, or a zip file of one
 ) -> str:
-    "What the images there are called: as the folder, or as the zip without its ending"
-    path = Path(os.path.abspath(path)) # so that '.' has a name
-    return path.name if path.is_dir() else path.stem
+    "What the images there are called: as the folder or zip, without an ending"
+    return Path(os.path.abspath(path)).stem # '.' has a name of its own then
 
 # %% ../nbs/53_image_folder.ipynb #8a856702
 def image_folder(

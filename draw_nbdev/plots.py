@@ -8,6 +8,7 @@ __all__ = ['WRITE_COLOR', 'READ_COLOR', 'image_grid', 'labelled', 'save', 'draw_
 
 # %% ../nbs/70_plots.ipynb #70952eeb
 import math, os, subprocess
+from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 import torch
@@ -41,7 +42,7 @@ def _enlarge(
     zoom: int, # Whole number of times
 ) -> Tensor: # shape (..., zoom * height, zoom * width)
     "Repeat every pixel `zoom` times in both directions."
-    if not isinstance(zoom, int) or zoom < 1:
+    if not isinstance(zoom, Integral) or isinstance(zoom, bool) or zoom < 1:
         raise ValueError(f'zoom must be a whole number from 1, not {zoom}')
     return images.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
 

@@ -371,7 +371,7 @@ body {{ padding: 0 1rem; color: #222; background: #fff }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem }} .wide {{ overflow-x: auto
 }}
 td, th {{ padding: 0.25rem 0.75rem; border-bottom: 1px solid #ddd; text-align: left }}
-td, th {{ vertical-align: top; overflow-wrap: anywhere }}
+td, th {{ vertical-align: top }} td {{ overflow-wrap: anywhere; min-width: 8rem }}
 figure {{ margin: 2rem 0 }} img {{ max-width: 100%; image-rendering: pixelated }} figcaption {{
 color: #555; font-size: 0.9rem }}
 </style></head><body>

@@ -320,14 +320,15 @@ def check_loading(
     network: type[nn.Module], # What is to load the weights that a run keeps
 ) -> None:
     "Raise `ValueError` where it could not: now, and not after the last epoch"
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        try:
-            model.save_pretrained(folder)
-            network.from_pretrained(Path(folder))
-        except (OSError, SafetensorError): return # no room to try it in
-        except ValueError as error:
-            raise ValueError('what this run keeps could not be loaded again: '
-                             + one_line(error).replace(folder, 'it')) from None
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+            try:
+                model.save_pretrained(folder)
+                network.from_pretrained(Path(folder))
+            except (TypeError, ValueError) as error:
+                raise ValueError('what this run keeps could not be loaded again: '
+                                 + one_line(error).replace(folder, 'it')) from None
+    except (OSError, SafetensorError): return # no room to try it in
 
 # %% ../nbs/22_training.ipynb #89765115
 PLAIN = bool, int, float, str, type(None), tuple, list, dict # What a setting may be

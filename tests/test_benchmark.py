@@ -1,5 +1,5 @@
 "The benchmark: what is counted, timed with a clock that is set by hand, and memory in megabytes"
-import copy, re, sys
+import copy, os, re, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,3 +139,13 @@ def test_memory_of_each_scan(config):
     peaks = peak_memory(['fused', 'reference'], config, 2)
     assert list(peaks) == ['fused', 'reference']
     assert all(50 < peak < 3000 for peak in peaks.values())
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+def test_memory_that_cannot_be_measured(tmp_path, monkeypatch):
+    "A process that is killed leaves no number, and the others are not waited for; faults are told"
+    with pytest.raises(subprocess.CalledProcessError): peak_memory(['nothing'], SMALL, 2)
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import os\nos.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), 9))')
+    path = [str(tmp_path), *os.environ.get('PYTHONPATH', '').split(os.pathsep)]
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, path)))
+    assert peak_memory(['fused'], SMALL, 2) == {}

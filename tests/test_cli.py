@@ -107,6 +107,23 @@ def test_images_of_an_evaluation(options, expected, weights, spy):
     given, = seen.calls
     assert (str(given['data']), given['split'], given['size']) == expected
 
+def test_unverified_house_numbers_are_looked_for_as_svhn(weights, spy):
+    (weights / 'draw/training.json').write_text('{"data": {"name": "svhn_unverified"}}')
+    spy(evaluation, 'evaluate', BOUND)
+    seen = spy(data_sets, 'find', lambda given: small_set(given['split']))
+    draw('evaluate draw')
+    assert [given['data'] for given in seen.calls] == ['svhn']
+
+def test_help_without_arguments(monkeypatch, capsys):
+    "As with --help, in its lines"
+    said = []
+    for arguments in ([], ['--help']):
+        monkeypatch.setattr('sys.argv', ['draw', *arguments])
+        with pytest.raises(SystemExit) as ended: cli.main()
+        assert ended.value.code == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and len(said[0].splitlines()) > 10
+
 def test_numbers_of_an_evaluation(weights, spy, capsys):
     "Nats as they are, shares in per cent; the file holds what was computed"
     spy(data_sets, 'find', lambda given: small_set(given['split']))

@@ -58,6 +58,19 @@ def homeless(monkeypatch):
     for name in ('HOME', 'XDG_CACHE_HOME', 'DRAW_DATA'): monkeypatch.delenv(name, raising=False)
 
 
+def test_files_of_an_old_torchvision(places):
+    "They would be read unchecked; one of them alone would not"
+    root, _ = places
+    assert len(data.mnist(train=False)) == 10_000
+    old = root / 'MNIST/processed'
+    old.mkdir()
+    torch.save((torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3).long()), old / 'test.pt')
+    assert len(data.mnist(train=False)) == 10_000
+    (old / 'test.pt').rename(old / 'training.pt')
+    (old / 'test.pt').write_bytes((old / 'training.pt').read_bytes())
+    with pytest.raises(ValueError, match='processed would be read in place of the official files'):
+        data.mnist(train=False)
+
 def test_user_without_a_home_folder(homeless, tmp_path, monkeypatch):
     "A data folder is enough; without one the error says so"
     for get in (data_root, mnist, lambda: load('mnist_grey', 'test')):

@@ -28,7 +28,7 @@ from draw_nbdev.loss import bound, importance_weighted_bound, reconstruction_los
 from draw_nbdev.model import DRAW, Bernoulli, DRAWConfig, find_weights
 from draw_nbdev.options import TrainOptions, learning_rate
 from draw_nbdev.plots import learning_curves
-from draw_nbdev.training import Task, describe, train, update_average
+from draw_nbdev.training import Task, check_loading, describe, train, update_average
 
 SMALL = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3,
                    read_size=2, write_size=3)
@@ -241,6 +241,21 @@ def test_what_could_not_be_loaded_is_not_trained(config, start, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         train(config, toy(), toy('valid'), tmp_path / 'run', QUICK, Starting())
     assert not (tmp_path / 'run/run.json').exists()
+
+def test_networks_that_want_more(tmp_path):
+    class Wanting(DRAW):
+        def __init__(self, config, classes): super().__init__(config)
+    class Starting(Task):
+        network = Wanting
+        def start(self, config, train_set): return Wanting(config, 3)
+    with pytest.raises(ValueError, match="^what this run keeps could not be .*'classes'"):
+        train(SMALL, toy(), toy('valid'), tmp_path / 'run', QUICK, Starting())
+
+def test_no_room_to_rehearse(tmp_path, monkeypatch):
+    "Then the run goes on without"
+    def refuse(*_, **__): raise FileNotFoundError('No usable temporary directory found')
+    monkeypatch.setattr('tempfile.TemporaryDirectory', refuse)
+    check_loading(DRAW(SMALL), DRAW)
 
 def test_rehearsal_draws_nothing(tmp_path):
     "What is loaded to try it is made of other random numbers than the run"

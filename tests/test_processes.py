@@ -38,8 +38,12 @@ def draw(folder, out, epochs, processes=2, **environment):
     return subprocess.Popen(
         [sys.executable, '-c', START, *line.split()], cwd=folder, env=environment,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=heed_interrupts,
     )
+
+def heed_interrupts():
+    "As in a terminal, also where these tests run in the background, which ignores Ctrl-C"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 def end(process, seconds=120):
     "Its exit code and what it said, once it and all of its processes have ended"

@@ -450,7 +450,7 @@ def test_two_processes_go_on(start, pair, tmp_path):
     """One of two processes is killed, the other ends; started again, both end with the same
     weights, bit for bit"""
     out = tmp_path / 'run'
-    for victim, die_at in ((0, 40), (1, 3)): # the second process touches few files of the run
+    for victim, die_at in ((0, 55), (1, 7)): # the second process touches few files of the run
         environments = ranks(free_port())
         processes = [
             start(out, environment=environment, die_at=die_at if rank == victim else None)

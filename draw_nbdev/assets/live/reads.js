@@ -83,7 +83,7 @@ export default async function () {
     terms.sum.textContent = nats(reconstruction + latent)
     verdict.textContent =
       t === states.length - 1
-        ? `One draw of the bound: about ${nats(reconstruction + latent)} to send this image.`
+        ? `The bound, drawn once: about ${nats(reconstruction + latent)} to send this image.`
         : `After ${t} of ${states.length - 1} glimpses`
   }
 

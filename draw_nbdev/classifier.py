@@ -11,6 +11,7 @@ __all__ = ['CLASSIFIERS', 'NETWORKS', 'TABLE_1', 'RAMConfig', 'ClassifierOutput'
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -50,11 +51,13 @@ def check_images(
     images: Tensor, # Shape (batch, channels, height, width)
     config, # With channels, height and width
 ) -> None:
-    "Raise `ValueError` for images that a network was not made for"
+    "Raise `ValueError` for images that a network was not made for, and for bytes"
     shape = config.channels, config.height, config.width
     if images.shape[1:] != shape:
         raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit '
                          f'a network for {shape}')
+    if not images.is_floating_point() and images.numel() and images.max() > 1:
+        raise ValueError('images are bytes up to 255: divide them by 255')
 
 # %% ../nbs/28_classifier.ipynb #15f791fc
 class ClassifierOutput(NamedTuple):
@@ -85,7 +88,7 @@ class DifferentiableRAM(nn.Module, Pretrained, library_name='draw_nbdev', licens
     def forward(self,
         images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
         glimpses: int | None = None, # Steps; the configuration's if None
-        limit: float | None = None, # In training: how many times longer than what the loss sends
+        limit: float | None = None, # On gradients, in multiples of the loss's own; none if None
     ) -> ClassifierOutput:
         "The recurrence for t = 1..T, and the class after the last glimpse"
         c = self.config
@@ -95,7 +98,7 @@ class DifferentiableRAM(nn.Module, Pretrained, library_name='draw_nbdev', licens
         hidden, cell = self.initial_state[:, None].expand(-1, len(images), -1)
         windows, outputs = [], []
         measure, shorten = limit_growth(limit)
-        for _ in range(steps):
+        for step in range(steps):
             window = attention_window(self.window(hidden), c.read_size, c.height, c.width)
             patch = read_patch(images, *filters(window, c.read_size, c.height, c.width))
             reading = (window.intensity[:, None, None, None] * patch).flatten(1)
@@ -104,23 +107,25 @@ class DifferentiableRAM(nn.Module, Pretrained, library_name='draw_nbdev', licens
             outputs.append(state[0].view_as(state[0])) # its gradient comes from the loss alone
             state = torch.cat(state, dim=1)
             if limit is not None and state.requires_grad:
-                outputs[-1].register_hook(measure)
-                state.register_hook(shorten)
+                outputs[-1].register_hook(partial(measure, step))
+                state.register_hook(partial(shorten, step))
             hidden, cell = state.chunk(2, dim=1)
         every = self.classes(torch.stack(outputs))
         return ClassifierOutput(every[-1], stack_windows(windows), every)
 
 # %% ../nbs/28_classifier.ipynb #559ca586
 def limit_growth(
-    limit: float | None, # As a multiple of the loss's own gradients
-) -> tuple[Callable[[Tensor], None], Callable[[Tensor], Tensor]]: # Hooks for outputs and states
-    "Measure gradients that the loss sends; shorten those that go back to `limit` times their sum"
-    lengths = []
-    def measure(gradient): # Shape (batch, hidden_size)
-        lengths.append(gradient.norm(dim=1, keepdim=True))
-    def shorten(gradient): # Shape (batch, 2 * hidden_size)
+    limit: float | None, # As a multiple of the loss's own gradients; `ValueError` unless above 0
+) -> tuple[Callable[[int, Tensor], None], Callable[[int, Tensor], Tensor]]: # For outputs and states
+    "Measure what the loss sends; shorten what goes back to `limit` times its sum from there on"
+    if limit is not None and not limit > 0: raise ValueError(f'limit must be above 0, got {limit}')
+    lengths = {} # Of what the loss sent, by glimpse: each backward pass measures anew
+    def measure(step, gradient): # Shape (batch, hidden_size)
+        lengths[step] = gradient.norm(dim=1, keepdim=True)
+    def shorten(step, gradient): # Shape (batch, 2 * hidden_size)
+        sent = sum(length for later, length in lengths.items() if later >= step)
         length = gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        return gradient * (limit * sum(lengths) / length).clamp(max=1)
+        return gradient * (limit * sent / length).clamp(max=1)
     return measure, shorten
 
 # %% ../nbs/28_classifier.ipynb #bc76af06
@@ -234,8 +239,18 @@ def check_labelled(
 ) -> None:
     "Raise `ValueError` for images without classes"
     if not hasattr(data, 'batch_with_labels'):
-        raise ValueError(f'{data.name} says nothing of classes: a classifier needs a set '
+        name = getattr(data, 'name', f'a {type(data).__name__}')
+        raise ValueError(f'{name} says nothing of classes: a classifier needs a set '
                          'with labels, such as cluttered_mnist')
+
+def check_classes(
+    labels: Tensor, # Class of each image, shape (batch,)
+    classes: int, # Known to the network
+) -> None:
+    "Raise `ValueError` for a class that a network was not made for"
+    if len(labels) and labels.max() >= classes:
+        raise ValueError(f'an image of class {labels.max()} does not fit a network for classes '
+                         f'0 to {classes - 1}: make it with more classes')
 
 # %% ../nbs/28_classifier.ipynb #3c3e8c38
 @dataclass(frozen=True)
@@ -262,15 +277,16 @@ def classification_error(
 ) -> Classification: # Raises `ValueError` where images and network do not fit
     "Classify a set; the same numbers again for the same arguments"
     check_labelled(data)
-    for value in (glimpses, limit):
+    for name, value in dict(glimpses=glimpses, limit=limit, rows=rows).items():
         if value is not None and value < 1:
-            raise ValueError('glimpses and limit must be at least 1')
+            raise ValueError(f'{name} must be at least 1, not {value}')
     count, device = min(limit or len(data), len(data)), next(model.parameters()).device
 
     def compute(start):
         indices = torch.arange(start, min(start + rows, count))
         images, labels = data.batch_with_labels(indices, torch.Generator().manual_seed(start))
         logits = model(images.to(device), glimpses).logits.cpu()
+        check_classes(labels, logits.shape[1])
         return logits.argmax(1) != labels, cross_entropy(logits, labels, reduction='none')
 
     with evaluating(model):
@@ -310,6 +326,7 @@ class ClassifyTask(Task):
     def batch(self, data, indices, glimpses, config, random, share):
         "Images and their classes"
         images, labels = data.batch_with_labels(indices, random)
+        check_classes(labels, config.classes)
         return images[share], labels[share]
 
     def weights(self, options, step):

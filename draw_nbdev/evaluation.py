@@ -99,9 +99,12 @@ def evaluate(
     limit: int | None = None, # Evaluate the first `limit` images only; all if None
     rows: int = 500, # Images in one pass: bounds the memory
     together: bool = False, # All processes of a run call this, and each computes a share of L
-) -> Evaluation: # `ValueError` where images do not fit, `TypeError` for what is no `Images`
+) -> Evaluation: # `ValueError` where images do not fit, `TypeError` for no DRAW or no `Images`
     "Bound, its parts and its errors over a set; the same numbers again for the same arguments"
     check_images(data)
+    if not hasattr(model, 'initial_canvas'):
+        raise TypeError(f'a {type(model).__name__} draws nothing and has no bound: '
+                        'classification_error is for classifiers')
     given = dict(glimpses=glimpses, seeds=seeds, samples=samples, limit=limit, rows=rows)
     for name, value in given.items():
         if value is not None and value < 1:
@@ -134,7 +137,7 @@ def nearest_images(
     data: Images, # Where to look
     rows: int = 1000, # Images compared at once: bounds the memory
 ) -> tuple[Tensor, Tensor]: # Index of the nearest image and its distance in pixel L2, (count,) each
-    "Exact nearest neighbours in pixel space; `ValueError` for bytes, and for no rows"
+    "Exact nearest neighbours in pixel space; `ValueError` for bytes, other sizes and no rows"
     if not queries.is_floating_point() or rows < 1:
         raise ValueError('queries must be floats in 0..1, and rows at least 1; '
                          f'these are {queries.dtype}, and {rows}')
@@ -142,7 +145,11 @@ def nearest_images(
     best = torch.full((len(flat),), torch.inf).double()
     index = torch.zeros(len(flat), dtype=torch.long)
     for start in range(0, len(data), rows):
-        chunk = data.batch(torch.arange(start, min(start + rows, len(data)))).flatten(1).double()
+        images = data.batch(torch.arange(start, min(start + rows, len(data))))
+        if images.shape[1:] != queries.shape[1:]:
+            raise ValueError(f'images of shape {tuple(queries.shape[1:])} are not looked for '
+                             f'among images of shape {tuple(images.shape[1:])}')
+        chunk = images.flatten(1).double()
         nearest = ((chunk**2).sum(1) - 2 * flat @ chunk.T).argmin(1)
         distance = (flat - chunk[nearest]).norm(dim=1)
         closer = distance < best

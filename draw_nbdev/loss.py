@@ -19,12 +19,14 @@ def reconstruction_loss(
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
     likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
 ) -> Tensor: # L^x in nats per image, shape (batch,)
-    "Eq. 9: cross-entropy, summed over channels and pixels; `ValueError` for shapes that differ"
+    "Eq. 9: cross-entropy, summed over channels and pixels; `ValueError` for misfits and bytes"
     pixels = likelihood and likelihood(canvas)
     shape = pixels.batch_shape + pixels.event_shape if pixels else canvas.shape
     if shape != images.shape:
         raise ValueError(f'a canvas for images of shape {tuple(shape)} does not fit '
                          f'images of shape {tuple(images.shape)}')
+    if not images.is_floating_point() and images.numel() and images.max() > 1:
+        raise ValueError('images are bytes up to 255: divide them by 255')
     if pixels: # those of Bernoulli give the same
         log_prob = pixels.log_prob(images.to(canvas))
         return -(log_prob if log_prob.ndim == 1 else log_prob.flatten(1).sum(1))
@@ -83,7 +85,8 @@ def importance_weighted_bound(
     glimpses: int | None = None, # Steps; the configuration's if None
 ) -> Tensor: # L_k in nats per image, shape (batch,)
     "Bound on -log p(x) from k samples; k = 1 is the bound by sampling; `ValueError` for k < 1"
-    if samples < 1: raise ValueError(f'samples must be at least 1, got {samples}')
+    for name, value in dict(samples=samples, rows=rows).items():
+        if value < 1: raise ValueError(f'{name} must be at least 1, got {value}')
     c, device = model.config, generator.device if generator else images.device
     index = torch.arange(samples * len(images), device=images.device) % len(images)
     parts = []

@@ -117,6 +117,17 @@ class Model(NamedTuple):
     history: dict # config, options, data, epochs, seconds and origin
     metrics: list[dict] # Rows of the run's metrics
 
+# %% ../nbs/42_reproduce.ipynb #3a13f202
+SCALES = {
+    'smoke': 'packaged weights where there are some, else small networks, trained for a minute',
+    'paper': 'the networks of Table 3, trained here'}
+
+def check_scale(
+    scale: str, # Key of `SCALES`
+) -> None:
+    "Raise `ValueError` for any other"
+    if scale not in SCALES: raise ValueError(f'no scale {scale!r}: choose {" or ".join(SCALES)}')
+
 # %% ../nbs/42_reproduce.ipynb #b844e83f
 def packaged(
     experiment: Experiment,
@@ -146,9 +157,10 @@ def obtain(
     scale: str, # 'smoke' or 'paper'
     data: Callable[[str], Images], # Split -> its images; not asked where there are packaged weights
     out: Path, # Folder for the run, if one is needed
-    seed: int = 0, # Of the training
+    seed: int = 0, # Of the training, added to that of the recipe
 ) -> Model:
     "Packaged weights at smoke scale, where there are some; else a model trained here"
+    check_scale(scale)
     config, options = experiment.smoke if scale == 'smoke' else experiment.full
     network, folder = network_for(config), packaged(experiment)
     if scale == 'smoke' and folder:
@@ -156,7 +168,7 @@ def obtain(
         return Model(network.from_pretrained(folder), history, read_metrics(folder))
     train_set, passes = data('train'), 1
     if scale == 'smoke': passes = max(1, round(50_000 / len(train_set)))
-    options = replace(options, seed=seed, epochs=options.epochs * passes)
+    options = replace(options, seed=options.seed + seed, epochs=options.epochs * passes)
     learn = train if issubclass(network, DRAW) else train_classifier
     learn(config, train_set, data('valid'), out, options)
     history = {**read_history(out / 'best'), 'origin': f'trained here at {scale} scale'}
@@ -248,13 +260,15 @@ def origin_of(
         valid, test = f'{history["valid_bound"]:.2f} nats', f'{nats(result)} nats'
         test += f': reconstruction {result.reconstruction:.2f}, KL {result.latent:.2f}'
     else: valid, test = f'{100 * history["valid_error"]:.2f} %', percent(result)
+    machines = dict.fromkeys(s['hardware'] for s in history.get('segments', []) if 'hardware' in s)
     return {'weights': history['origin'],
             'network': tell_sizes(history['config']),
             'training data': f'{data["name"]}: {data["note"]}',
             'epochs': history['epochs'],
             'training seed': history['options']['seed'],
             'training time': f'{seconds / 60:.1f} min, {cpu_seconds / 60:.1f} min of CPU',
-            'validation': valid,
+            'hardware': ', '.join(machines) or 'not known',
+            'validation': f'{valid} on {data["name"]}',
             'test data': f'{result.data}, {result.images:,} images: {result.note}',
             'test': test,
             'version': history['version']}
@@ -277,7 +291,7 @@ SEQUENCE = ('Rows are images, columns are time. Red rectangles show where the ne
             'their border is as wide as its filters.')
 WHOLE = 'Rows are images, columns are time. Without attention the whole picture sharpens at once.'
 SAMPLES = 'Generated images, mean probabilities.'
-NEIGHBOURS = SAMPLES + ' The right-most column is the training image nearest to the one beside it.'
+NEIGHBOURS = SAMPLES + ' The right-most column is the image of {} nearest to the one beside it.'
 CURVES = 'Cost of training and validation images against updates, and its two terms.'
 
 # %% ../nbs/42_reproduce.ipynb #e650acc4
@@ -302,8 +316,8 @@ def pictures(
     if data and not isinstance(data('train'), FreshDigits):
         index, _ = nearest_images(samples[COLUMNS - 1::COLUMNS], data('train'))
         grid = plots.samples_with_neighbours(samples, data('train').batch(index))
-        yield experiment.samples, 'samples', grid, NEIGHBOURS
-    else: yield None, 'samples', plots.image_grid(samples, COLUMNS, zoom=2), SAMPLES
+        yield experiment.samples, 'samples', grid, NEIGHBOURS.format(data('train').name)
+    else: yield experiment.samples, 'samples', plots.image_grid(samples, COLUMNS, zoom=2), SAMPLES
     if sum(row['split'] == 'valid' for row in model.metrics) > 1:
         yield experiment.curves, 'curves', plots.learning_curves(model.metrics), CURVES
 
@@ -320,13 +334,14 @@ def draw_figures(
     random, drawing, captions = torch.Generator().manual_seed(seed), None, {}
     if isinstance(network, DRAW): drawing = network.generate(8 * COLUMNS, generator=random)
     about = (f'{name}: {history["origin"]}, training data {history["data"]["name"]}, '
-             f'epochs {history["epochs"]}; the first of seed {seed}')
+             f'epochs {history["epochs"]}')
+    drawn = f'{about}; the first of seed {seed}'
     for number, kind, picture, text in pictures(experiment, model, drawing, data):
         file = f'figure_{number}_{name}.png' if number else f'{kind}_{name}.png'
         title = f'Figure {number}. ' if number else ''
         plots.save(picture, out / file)
-        captions[file] = f'{title}{text} ({about})'
-    if drawing: captions |= draw_film(network, drawing, out, name, about)
+        captions[file] = f'{title}{text} ({drawn if kind in ("sequence", "samples") else about})'
+    if drawing: captions |= draw_film(network, drawing, out, name, drawn)
     return captions
 
 # %% ../nbs/42_reproduce.ipynb #f01bad70
@@ -378,10 +393,11 @@ color: #555; font-size: 0.9rem }}
 <h1>DRAW, reproduced</h1>
 <p>Gregor, Danihelka, Graves, Rezende and Wierstra: <a
 href="https://arxiv.org/abs/1502.04623">DRAW: A Recurrent Neural Network For Image
-Generation</a>, 2015. Made by draw_nbdev {version}, scale: {scale}.</p>
+Generation</a>, 2015. Made by draw_nbdev {version}, scale: {scale} ({meaning}).</p>
 {notes}
 <h2>Table 1: cluttered MNIST</h2>
-<p>Share of test images that get a wrong class; ± is the standard error of such a count.</p><div
+<p>Share of test images that get a wrong class; ± is the standard error of such a count. The
+test images here were drawn once from MNIST’s; the paper’s own are not public.</p><div
 class="wide">{table_1}</div>
 <h2>Table 2: binarised MNIST</h2>
 <p>Nats per image, test set. ≤ marks an upper bound; ± is the standard error over images.</p><div
@@ -394,9 +410,10 @@ write window in filters.</p><div class="wide">{table_3}</div>
 <a href="https://draw-nbdev.github.io/draw_nbdev/live.html">the live page</a>.</p>
 {figures}
 <h2>Where the numbers come from</h2>
-<p>Columns “paper”: the paper’s tables. Everything else was computed for this page. For grey and
-for colour images the cost takes intensities for probabilities, as the paper does: it is a
-training loss and no likelihood.</p>
+<p>Columns “paper”: the paper’s tables. Numbers on test images and pictures were computed for
+this page; learning curves, and what is said of training and validation below, are what the
+training left with its weights. For grey and for colour images the cost takes intensities for
+probabilities, as the paper does: it is a training loss and no likelihood.</p>
 <div class="wide">{provenance}</div>
 <p>The same as data: <a href="table_1.csv">table_1.csv</a>, <a href="table_2.csv">table_2.csv</a>,
 <a href="table_3.csv">table_3.csv</a>, <a href="reproduce.json">reproduce.json</a>.</p>
@@ -432,8 +449,8 @@ def write_page(
         caption = html.escape(captions[file])
         figures.append(FIGURE.format(file=file, caption=caption, title=caption.split('.')[0]))
     shown = {name: table.to_html() for name, table in tables.items()}
-    page = PAGE.format(version=__version__, scale=scale, notes='\n'.join(notes),
-                       figures='\n'.join(figures), **shown)
+    page = PAGE.format(version=__version__, scale=scale, meaning=SCALES[scale],
+                       notes='\n'.join(notes), figures='\n'.join(figures), **shown)
     for name, table in tables.items():
         if name.startswith('table'): write_text(out / f'{name}.csv', table.to_csv())
     write_text(out / 'index.html', page)
@@ -442,14 +459,16 @@ def write_page(
 def reproduce(
     out: str | Path, # Folder for everything; one that was made before goes on
     scale: str = 'smoke', # 'smoke': minutes; 'paper': Table 3 in full
-    seed: int = 0, # Of training and samples
+    seed: int = 0, # Of samples; of training added to those of the recipes
     names: tuple[str, ...] = tuple(EXPERIMENTS), # Which experiments
     say: Callable[[str], object] = print, # Told what is happening
 ) -> Path: # The page, index.html
-    "Every table and figure of the paper; raises `ValueError` for an unknown scale or folder"
+    "Every table and figure of the paper; `ValueError` for an unknown scale, name or folder"
     out = Path(out)
-    if scale not in ('smoke', 'paper'):
-        raise ValueError(f'no scale {scale!r}: choose smoke or paper')
+    check_scale(scale)
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise ValueError(f'no experiment {name!r}: choose of {", ".join(EXPERIMENTS)}')
     marker = out / 'reproduce.json'
     check_folder(out, marker.name)
     if not marker.is_file(): write_json(marker, {})

@@ -5,6 +5,7 @@ import json, shutil, threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from draw_nbdev.attention import filters, read_patch
 from draw_nbdev.demo import live_files, make_server
 from draw_nbdev.filterbank import Window
@@ -207,6 +208,34 @@ def stroke(reader, canvas, points, side=28):
     for point in points[1:]: reader.page.mouse.move(*at(point), steps=4)
     reader.page.mouse.up()
 
+def test_plays_on_a_phone(browser, address):
+    "The drawing goes on while it is in view, and its controls below it are not"
+    reader = Reader(browser, address, viewport={'width': 390, 'height': 700})
+    place = reader.widget('reads')
+    place.locator('canvas').first.evaluate('e => e.scrollIntoView()')
+    stroke(reader, place.locator('canvas[aria-label="Your drawing"]'), THREE)
+    controls = place.locator('.live-transport')
+    assert controls.bounding_box()['y'] > 700
+    shown = "document.querySelector('[data-live=reads] .live-transport output').textContent"
+    reader.page.wait_for_function(f'parseInt({shown}) >= 3')
+    assert controls.bounding_box()['y'] > 700
+    reader.page.close()
+
+def test_grey_is_no_price(reader):
+    "Of a network of grey images nothing is said about sending; without a window, nothing of one"
+    place = reader.widget('reads')
+    network, words = place.get_by_label('Network'), place.locator('.live-words')
+    network.select_option('two_digits')
+    reader.wide('reads', 60)
+    assert words.inner_text().startswith('The loss') and 'bound' not in words.inner_text()
+    network.select_option('mnist_no_attention')
+    reader.wide('reads', 28)
+    assert words.inner_text().startswith('The bound')
+    captions = ' '.join(place.locator('figcaption:visible').all_inner_texts())
+    assert 'Green' not in captions and 'Red' not in captions
+    network.select_option('mnist')
+    place.get_by_text('Green: where it looks').wait_for()
+
 def test_draws_what_the_mouse_drew(reader):
     "A 3 drawn with the mouse is drawn again: nearer to the strokes by far than the mean image"
     place = reader.widget('reads')
@@ -244,6 +273,7 @@ def test_draws_what_the_keys_drew(reader):
     for key in ['ArrowLeft'] * 3 + ['Space'] + ['Shift+ArrowDown'] * 6: sheet.press(key)
     drawn = reader.pixels(place, 'Your drawing')[..., 0] > 128
     assert drawn[13:20, 10].all() and not drawn[:, 16:].any()
+    assert place.locator('.live-cursor').count() == 1 # still there when the drawing has been read
 
 def test_looks_for_the_digit(reader):
     "Percentages for every glimpse; another puzzle, other answers; the empty sheet is empty"
@@ -299,6 +329,16 @@ def test_sliders_move_the_window(reader):
     patch = window.intensity * read_patch(image, *filters(window, 5, 28, 28))
     assert abs(found[..., 0] - 255 * patch[0, 0].clamp(0, 1).numpy()).max() < 0.55
 
+def test_the_number_of_filters_leaves_the_size(reader):
+    "Through N = 2 and N = 1 and back the window is what it was, and the slider says its stride"
+    place = reader.widget('window')
+    stride, patch = window_values(place)[2], reader.pixels(place, 'The patch')
+    reader.slide(place, 'Filters N', *['ArrowLeft'] * 3)
+    assert window_values(place)[2] == pytest.approx(min(4 * stride, 28), abs=0.06)
+    reader.slide(place, 'Filters N', 'ArrowLeft', *['ArrowRight'] * 4)
+    assert window_values(place)[2] == pytest.approx(stride, abs=0.06)
+    assert abs(reader.pixels(place, 'The patch') - patch).max() <= 1
+
 def test_mouse_moves_the_window(reader):
     "Dragged inside, the window moves; dragged at its corner, the stride changes; so do keys"
     place = reader.widget('window')
@@ -326,3 +366,23 @@ def test_window_over_other_images(reader):
     stroke(reader, place.locator('canvas').first, [(9, 9), (12, 9)])
     assert (reader.pixels(place, 'The image')[9, 9:13, 0] == 255).all()
     assert window_values(place) == before
+
+def test_a_picture_file(reader, tmp_path):
+    "A bad file leaves image and list as they were; a good one can be followed by another"
+    place = reader.widget('window')
+    source, file = place.get_by_label('Image', exact=True), place.locator('input[type=file]')
+    source.select_option('digit')
+    (tmp_path / 'bad.png').write_text('no picture')
+    Image.new('RGB', (30, 20), 'red').save(tmp_path / 'red.png')
+    Image.new('RGB', (30, 20), 'blue').save(tmp_path / 'blue.png')
+    file.set_input_files(tmp_path / 'bad.png')
+    place.get_by_text('this file is no picture').wait_for()
+    assert source.input_value() == 'digit'
+    source.select_option('photograph')
+    assert not place.locator('.live-problem').count()
+    for channel, name in ((0, 'red'), (2, 'blue')):
+        file.set_input_files(tmp_path / f'{name}.png')
+        assert place.get_by_role('button', name='Another file').count() == 1
+        image = reader.pixels(place, 'The image')
+        assert image.shape == (100, 100, 3) and image[50, 50].argmax() == channel
+        assert source.input_value() == 'file'

@@ -105,11 +105,11 @@ def test_limit_on_gradients():
     back *= torch.tensor([1e-3, 1., 30., 0.])[:, None]
     measure, shorten = limit_growth(2.)
     for t in range(3):
-        measure(sent[t])
+        measure(2 - t, sent[t]) # the last glimpse first
         most = 2 * np.linalg.norm(sent[:t + 1].numpy(), axis=2).sum(0)
         lengths = np.linalg.norm(back[t].numpy(), axis=1)
         factor = [min(1, m / n) if n else 1 for m, n in zip(most, lengths)]
-        assert_close(shorten(back[t]), back[t].numpy() * np.array(factor)[:, None], 1e-6)
+        assert_close(shorten(2 - t, back[t]), back[t].numpy() * np.array(factor)[:, None], 1e-6)
 
 def test_limit_in_the_network():
     "A large one changes nothing; a small one shortens what goes back, not what the loss sends"
@@ -123,6 +123,20 @@ def test_limit_in_the_network():
     for name in free: torch.testing.assert_close(free[name], wide[name])
     assert torch.equal(free['classes.weight'], narrow['classes.weight'])
     assert narrow['initial_state'].norm() < 0.1 * free['initial_state'].norm()
+
+def test_limit_holds_for_every_pass():
+    "A second way back through the same graph is shortened as the first was"
+    model = random_network()
+    with torch.no_grad(): model.lstm.gates.weight *= 4
+    loss = model(pictures().batch(range(7)).double(), limit=1e-3).logits.sum()
+    one, two = (torch.autograd.grad(loss, model.initial_state, retain_graph=True) for _ in 'ab')
+    assert torch.equal(*one, *two) and one[0].norm() > 0
+
+@pytest.mark.parametrize('limit', [0., -1., float('nan')])
+def test_no_limit_below_zero(limit):
+    "One line, before anything is computed"
+    with pytest.raises(ValueError, match='^limit must be above 0, got'):
+        random_network()(pictures().batch(range(2)).double(), limit=limit)
 
 def test_limit_of_a_task():
     "A task hands its limit to the network"
@@ -163,3 +177,20 @@ def test_what_is_trained(config, every, monkeypatch):
     *given, task = seen[0]
     assert given == [config, train_set, valid_set, 'out', options] and task.every_glimpse == every
     assert task.network is (DifferentiableRAM if config is SMALL else Convolutional)
+
+def test_misfits_in_one_line():
+    "Bytes, too few classes, no rows, what has no labels: refused, in one line each"
+    model, data = random_network().float(), pictures()
+    with pytest.raises(ValueError, match='^images are bytes up to 255: divide them by 255$'):
+        model((255 * data.batch(range(2))).clamp(0, 255).byte())
+    few = DifferentiableRAM(replace(model.config, classes=2))
+    misfit = '^an image of class 3 does not fit a network for classes 0 to 1'
+    with pytest.raises(ValueError, match=misfit): classification_error(few, data)
+    task, order = ClassifyTask(DifferentiableRAM), torch.arange(7)
+    with pytest.raises(ValueError, match=misfit):
+        task.batch(data, order, 3, few.config, None, slice(None))
+    for rows in (0, -1):
+        with pytest.raises(ValueError, match=f'^rows must be at least 1, not {rows}$'):
+            classification_error(model, data, rows=rows)
+    with pytest.raises(ValueError, match='^a list says nothing of classes'):
+        classification_error(model, [1, 2])

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from draw_nbdev.classifier import DifferentiableRAM, RAMConfig
 from draw_nbdev.data import Images, RedrawnImages
 from draw_nbdev.evaluation import evaluate, nearest_images
+from draw_nbdev.loss import importance_weighted_bound, reconstruction_loss
 from draw_nbdev.model import DRAW, DRAWConfig
 
 
@@ -159,6 +161,27 @@ def test_zero_is_not_the_default(model, data, name, value):
     with pytest.raises(ValueError, match=f'^{name} must be at least 1, not {value}$'):
         evaluate(model, data, **{name: value})
     assert not model.passes
+
+
+def test_misfits_in_one_line(data):
+    "A classifier has no bound; images of another size have no neighbours; bytes have no loss"
+    with pytest.raises(TypeError, match='^a DifferentiableRAM draws nothing and has no bound'):
+        evaluate(DifferentiableRAM(RAMConfig(height=6, width=6)), data)
+    images = data.batch(range(3))
+    with pytest.raises(ValueError, match='are not looked for among images of shape'):
+        nearest_images(images.transpose(2, 3)[:, :, 1:], data)
+    with pytest.raises(ValueError, match='^images are bytes up to 255'):
+        reconstruction_loss(torch.zeros(images.shape), torch.full(images.shape, 255).byte())
+    bits = torch.ones(images.shape).byte() # which are as good as floats
+    losses = reconstruction_loss(torch.zeros(images.shape), bits)
+    assert losses.numpy() == pytest.approx(images[0].numel() * np.log(2))
+
+@pytest.mark.parametrize('name', ['samples', 'rows'])
+def test_importance_samples_from_one(name):
+    "Nothing less, in one line"
+    network = DRAW(DRAWConfig(height=6, width=7, glimpses=2, hidden_size=4, latent_size=2))
+    with pytest.raises(ValueError, match=f'^{name} must be at least 1, got 0$'):
+        importance_weighted_bound(network, torch.zeros(1, 1, 6, 7), **{'samples': 2, name: 0})
 
 
 class NoDoubles(torch.Tensor):

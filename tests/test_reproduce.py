@@ -29,7 +29,8 @@ def history(network, **more):
             'cpu_seconds': 390., 'version': '1.2.3', 'origin': 'made here',
             'data': {'name': 'a set', 'note': 'a note'}, **more}
 
-RESULTS = {'mnist': (BOUND, history('mnist', valid_bound=88.0625)),
+MACHINES = [{'hardware': name} for name in ('two cores', 'a GPU', 'two cores')]
+RESULTS = {'mnist': (BOUND, history('mnist', valid_bound=88.0625, segments=MACHINES)),
            'cluttered_8': (ERROR, history('cluttered_8', valid_error=0.0225))}
 
 
@@ -42,15 +43,16 @@ def test_provenance():
     for name in table:
         row = table[name]
         assert row['training time'] == '2.0 min, 6.5 min of CPU'
+        assert row['hardware'] == ('two cores, a GPU' if name == 'mnist' else 'not known')
         assert row['epochs'] == 9 and row['training seed'] == 7 and row['version'] == '1.2.3'
         assert row['weights'] == 'made here' and row['training data'] == 'a set: a note'
     row = table['mnist']
-    assert row['validation'] == '88.06 nats'
+    assert row['validation'] == '88.06 nats on a set'
     assert row['test'] == '90.12 ± 0.38 nats: reconstruction 70.06, KL 20.06'
     assert row['test data'] == 'mnist_fixed, 1,234 images: made up'
     assert row['network'] == 'T 64, h 256, z 100, read 2, write 5'
     row = table['cluttered_8']
-    assert row['validation'] == '2.25 %' and row['test'] == '3.12 ± 0.25 %'
+    assert row['validation'] == '2.25 % on a set' and row['test'] == '3.12 ± 0.25 %'
     assert row['test data'] == 'cluttered_mnist, 4,321 images: drawn'
     assert row['network'] == 'T 8, h 256, read 12'
 
@@ -126,12 +128,13 @@ def trained(monkeypatch, tmp_path):
 def test_training_of_an_experiment(scale, count, passes, trained, tmp_path):
     "The network and the options of the scale, the seed, and as many passes as make 50,000 images"
     experiment = replace(EXPERIMENTS['mnist'], full=EXPERIMENTS['mnist'].full._replace(
-        options=TrainOptions(epochs=5)))
+        options=TrainOptions(epochs=5, seed=2)))
     sets = {split: a_set(split) for split in ('train', 'valid')}
     sets['train'].pixels = sets['train'].pixels[:1].expand(count, -1, -1, -1)
     model = obtain(experiment, scale, sets.get, tmp_path / 'run', seed=3)
     chosen = experiment.smoke if scale == 'smoke' else experiment.full
-    options = replace(chosen.options, seed=3, epochs=chosen.options.epochs * passes)
+    seed, epochs = chosen.options.seed + 3, chosen.options.epochs * passes
+    options = replace(chosen.options, seed=seed, epochs=epochs)
     assert trained == [(chosen.config, 'train', 'valid', options)]
     assert model.history['origin'] == f'trained here at {scale} scale'
     assert model.metrics == [LINE] and model.network.config == TINY
@@ -164,8 +167,12 @@ def model(tmp_path):
 def test_nearest_training_images(model):
     "Beside every row of ten stands the training image nearest to the last of it, in pixel L2"
     drawing, train_set = model.network.generate(80), a_set('train', 300)
+    given = EXPERIMENTS['mnist'], model, drawing
     found = {kind: (number, picture) for number, kind, picture, _ in
-             pictures(EXPERIMENTS['mnist'], model, drawing, {'train': train_set}.get)}
+             pictures(*given, {'train': train_set}.get)}
+    for sets, said in (({'train': train_set}.get, True), (None, False)):
+        *_, caption = list(pictures(*given, sets))[1]
+        assert ('image of a set nearest' in caption) == said
     assert found.keys() == {'sequence', 'samples'} and found['samples'][0] == 6
     samples = drawing.canvases[-1].sigmoid()
     everything = train_set.batch(range(300)).numpy()
@@ -183,12 +190,22 @@ def test_seed_of_the_samples(model, tmp_path, monkeypatch):
     seen = {}
     for seed, name in ((0, 'a'), (3, 'b'), (3, 'c')):
         captions = draw_figures(EXPERIMENTS['mnist'], model, None, tmp_path / name, seed)
-        assert f'the first of seed {seed}' in captions['samples_mnist.png']
-        seen[name] = (tmp_path / name / 'samples_mnist.png').read_bytes()
+        assert f'the first of seed {seed}' in captions['figure_6_mnist.png']
+        assert all(('seed' in text) == ('curves' not in file) for file, text in captions.items())
+        seen[name] = (tmp_path / name / 'figure_6_mnist.png').read_bytes()
     assert seen['a'] != seen['b'] == seen['c']
 
 
 # ---- the page
+
+@pytest.mark.parametrize('names', [('mnist', 'nope'), 'mnist'])
+def test_unknown_experiment(names, tmp_path):
+    "One line, and nothing written"
+    with pytest.raises(ValueError, match="^no experiment '(nope|m)': choose of .*mnist"):
+        reproduce(tmp_path / 'page', names=names)
+    with pytest.raises(ValueError, match="^no scale 'Smoke': choose smoke or paper$"):
+        obtain(EXPERIMENTS['mnist'], 'Smoke', None, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 def test_page(trained, tmp_path, monkeypatch):
     "Made of test images; what is not the paper's data, and what could not be had, is said on top"

@@ -77,7 +77,7 @@ export default async function () {
       renew()
     })
 
-  const transport = new Transport(show, { rate: 24 })
+  const transport = new Transport(show, drawing, { rate: 24 })
   const share = slider(
     'Blend',
     { min: 0, max: 1, step: 0.01, value: 0.5, format: v => `${Math.round(100 * v)} %` },

@@ -66,7 +66,7 @@ export default async function () {
   }
 
   const renew = button('New sample', () => seed.renew())
-  const transport = new Transport(show, { rate: 16, extra: [renew] })
+  const transport = new Transport(show, drawing, { rate: 16, extra: [renew] })
   const spread = slider(
     'Spread of z',
     { min: 0, max: 2, step: 0.05, value: 1, format: v => v.toFixed(2) },

@@ -95,7 +95,7 @@ export default async function () {
     end: again,
     active: () => net !== null,
   })
-  const transport = new Transport(show, {
+  const transport = new Transport(show, puzzle, {
     rate: 2,
     fastest: 10,
     unit: 'per s',
@@ -125,6 +125,9 @@ export default async function () {
   const networks = await chooser(
     'classifier',
     loaded => {
+      const { height, width, classes } = loaded.config
+      if (Math.min(height, width) < 28 || classes !== 10)
+        throw new Error('the puzzles are digits: they need ten classes, and 28 pixels to each side')
       const same =
         net &&
         net.config.height === loaded.config.height &&
@@ -145,7 +148,11 @@ export default async function () {
       element(
         'div',
         {},
-        captioned(puzzle, 'A digit among scraps of others. Draw on it to make your own', 'large'),
+        captioned(
+          puzzle,
+          'A digit among scraps of others. Draw your own on it, about a quarter as high',
+          'large',
+        ),
       ),
       element(
         'div',

@@ -42,6 +42,8 @@ export class Picture {
     this.canvas = document.createElement('canvas')
     this.canvas.setAttribute('role', 'img')
     this.overlay = shape('svg', { 'aria-hidden': 'true', preserveAspectRatio: 'none' })
+    this.frames = shape('g', {})
+    this.overlay.append(this.frames)
     this.element.append(this.canvas, this.overlay)
     this.label(label)
   }
@@ -73,12 +75,12 @@ export class Picture {
 
   /**
    * Draw windows: each { window, kind, faint }. A border is one standard deviation of the filters
-   * wide, as in Figures 1 and 5.
+   * wide, as in Figures 1 and 5, but an eighth of the picture at most.
    */
   windows(list) {
     const { width, height } = this.canvas
     const widest = Math.min(width, height) / 8
-    this.overlay.replaceChildren(
+    this.frames.replaceChildren(
       ...list
         .filter(({ window }) => window)
         .flatMap(({ window, kind, faint }) => {

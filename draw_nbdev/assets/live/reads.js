@@ -27,6 +27,8 @@ export default async function () {
     ['reconstruction', 'KL', 'sum'].map(name => [name, element('output')]),
   )
   const verdict = element('p', { class: 'live-words' })
+  const legend = element('p', { class: 'live-legend' })
+  const [looks, writes] = [element('span'), element('span')]
   let net = null
   let binary = true
   let sheet = null
@@ -76,15 +78,19 @@ export default async function () {
     patch(seen, shown, values => values)
     patch(missed, shown, signed)
     bars.show(kl, t - 1, t)
+    legend.textContent = `Nats of each step, KL(Q ∥ P); the most: ${nats(Math.max(...kl))}`
     const reconstruction = reconstructionLoss(state.canvas, x)
     const latent = kl.slice(0, t).reduce((a, b) => a + b, 0)
     terms.reconstruction.textContent = nats(reconstruction)
     terms.KL.textContent = nats(latent)
-    terms.sum.textContent = nats(reconstruction + latent)
+    const sum = nats(reconstruction + latent)
+    terms.sum.textContent = sum
     verdict.textContent =
-      t === states.length - 1
-        ? `The bound, drawn once: about ${nats(reconstruction + latent)} to send this image.`
-        : `After ${t} of ${states.length - 1} glimpses`
+      t < states.length - 1
+        ? `After ${t} of ${states.length - 1} glimpses`
+        : binary
+          ? `The bound, drawn once: about ${sum} to send this image.`
+          : `The loss, drawn once: ${sum}. For greys it is no price of sending.`
   }
 
   const clear = () => {
@@ -148,7 +154,7 @@ export default async function () {
     }),
   )
 
-  const transport = new Transport(show, {
+  const transport = new Transport(show, drawing, {
     rate: 16,
     extra: [
       button('Clear', () => {
@@ -169,8 +175,11 @@ export default async function () {
       binary = model.binary
       if (before) sheet = before
       else put(61)
+      const { attention } = net.config
       for (const picture of [seen, missed])
-        picture.element.closest('figure').hidden = !net.config.attention
+        picture.element.closest('figure').hidden = !attention
+      looks.textContent = `Draw here${attention ? '. Green: where it looks' : ''}`
+      writes.textContent = `Its drawing${attention ? '. Red: where it writes' : ''}`
       again()
     },
     model => model.channels === 1,
@@ -181,8 +190,8 @@ export default async function () {
     element(
       'div',
       { class: 'live-columns pair' },
-      element('div', {}, captioned(paper, 'Draw here. Green: where it looks', 'large'), tray),
-      element('div', {}, captioned(drawing, 'Its drawing. Red: where it writes', 'large')),
+      element('div', {}, captioned(paper, looks, 'large'), tray),
+      element('div', {}, captioned(drawing, writes, 'large')),
       controls(controls(networks.element, seed.element), transport.element),
     ),
     element(
@@ -198,7 +207,7 @@ export default async function () {
       element(
         'div',
         { class: 'live-account' },
-        element('p', { class: 'live-legend' }, 'Nats of each step, KL(Q ∥ P)'),
+        legend,
         bars.element,
         element(
           'dl',

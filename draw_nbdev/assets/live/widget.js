@@ -269,11 +269,13 @@ const moving = () => !matchMedia('(prefers-reduced-motion: reduce)').matches
 
 /**
  * Play, pause, step, and sliders for the step, from `first` to T, and for the speed. `show(t)` is
- * called for every step that is shown. It rests while it is out of view.
+ * called for every step that is shown. It rests while `picture`, where they appear, is out of
+ * view.
  */
 export class Transport {
   constructor(
     show,
+    picture,
     { rate, fastest = 60, unit = 'steps/s', first = 0, name = 'Step', extra = [] },
   ) {
     Object.assign(this, { show, rate, first, playing: false, visible: true, at: 0 })
@@ -309,7 +311,7 @@ export class Transport {
     new IntersectionObserver(([entry]) => {
       this.visible = entry.isIntersecting
       if (this.visible && this.playing) this.tick()
-    }).observe(this.element)
+    }).observe(picture.element)
   }
 
   length(steps) {

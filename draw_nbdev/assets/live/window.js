@@ -30,18 +30,22 @@ export default async function () {
   const numbers = element('dl', { class: 'live-numbers' })
   let sheet = null
   let drawing = false
+  let shown = 'digit' // The source of the image
   const w = { gX: 14.5, gY: 14.5, delta: 3, variance: 1, gamma: 1, N: 5 }
+  let share = 0 // delta~ (Eq. 24), which stays when N changes, and with it the size of the window
+
+  /** The stride at which the window takes up all of the image. */
+  const unit = () => (Math.max(sheet.width, sheet.height) - 1) / Math.max(w.N - 1, 1)
 
   // ---- What is shown
 
   const equations = () => {
     const { height: B, width: A } = sheet
-    const longest = Math.max(A, B)
     const centres = g => [1, w.N].map(i => fixed(filterCentre(g, w.delta, w.N, i), 1)).join(' … ')
-    const unit = (longest - 1) / Math.max(w.N - 1, 1)
     const { FX, FY } = filters(w, B, A)
     const sums = F => fixed(F.subarray(0, F.length / w.N).reduce((a, b) => a + b, 0))
     const centre = axis => `<i>μ</i><sub>${axis}</sub> = <i>g</i><sub>${axis}</sub>`
+    const factor = w.N > 1 ? '(<i>N</i> − 1) ' : ''
     const lines = [
       ['(19)', `${centre('X')} + (<i>i</i> − <i>N</i>/2 − 0.5) <i>δ</i>`, centres(w.gX)],
       ['(20)', `${centre('Y')} + (<i>j</i> − <i>N</i>/2 − 0.5) <i>δ</i>`, centres(w.gY)],
@@ -62,8 +66,8 @@ export default async function () {
       ],
       [
         '(24)',
-        '<i>δ̃</i> = <i>δ</i> (<i>N</i> − 1) / (max(<i>A</i>, <i>B</i>) − 1)',
-        fixed(w.delta / unit),
+        `<i>δ̃</i> = <i>δ</i> ${factor}/ (max(<i>A</i>, <i>B</i>) − 1)`,
+        fixed(w.delta / unit()),
       ],
       ['(25)', 'Sum of the first row of <i>F</i><sub>X</sub>', sums(FX)],
       ['(26)', 'Sum of the first row of <i>F</i><sub>Y</sub>', sums(FY)],
@@ -126,7 +130,10 @@ export default async function () {
   const sliders = {
     gX: follow('Column <i>g</i><sub>X</sub>', { min: -7, max: 35, ...plain }, v => (w.gX = v)),
     gY: follow('Row <i>g</i><sub>Y</sub>', { min: -7, max: 35, ...plain }, v => (w.gY = v)),
-    delta: follow('Stride <i>δ</i>', { min: 0.1, max: 14, ...plain }, v => (w.delta = v)),
+    delta: follow('Stride <i>δ</i>', { min: 0.1, max: 28, ...plain }, v => {
+      w.delta = v
+      share = v / unit()
+    }),
     variance: follow('Variance <i>σ</i><sup>2</sup>', { min: -3, max: 5, ...logarithm }, v => {
       w.variance = Math.exp(v)
     }),
@@ -134,9 +141,8 @@ export default async function () {
       w.gamma = Math.exp(v)
     }),
     N: follow('Filters <i>N</i>', { min: 1, max: 16, step: 1, value: w.N }, count => {
-      // delta~ stays as it is, and with it the size of the window (Eq. 24)
-      if (w.N > 1 && count > 1) w.delta *= (w.N - 1) / (count - 1)
       w.N = count
+      w.delta = clamp(share * unit(), ...bounds('delta'))
       sliders.delta.set(w.delta)
     }),
   }
@@ -149,6 +155,7 @@ export default async function () {
   }
   const widen = delta => {
     w.delta = clamp(delta, ...bounds('delta'))
+    share = w.delta / unit()
     sliders.delta.set(w.delta)
     show()
   }
@@ -207,11 +214,12 @@ export default async function () {
     const { width: A, height: B } = sheet
     sliders.gX.range(Math.round(-A / 4), Math.round(1.25 * A), 0.1)
     sliders.gY.range(Math.round(-B / 4), Math.round(1.25 * B), 0.1)
-    sliders.delta.range(0.1, Math.max(A, B) / 2, 0.1)
+    sliders.delta.range(0.1, Math.max(A, B), 0.1)
     if (fresh) {
       w.gX = (A + 1) / 2
       w.gY = (B + 1) / 2
       w.delta = Math.max(A, B) / 2 / Math.max(w.N - 1, 1)
+      share = w.delta / unit()
       w.variance = Math.max(0.5, w.delta / 3) ** 2
     }
     sliders.gX.set(w.gX)
@@ -232,20 +240,31 @@ export default async function () {
     own: () => ({ pixels: new Float32Array(28 * 28), height: 28, width: 28, channels: 1 }),
   }
   const use = name => {
+    problem(panel, null)
+    source.select.value = shown = name
     const next = sources[name]()
     const fresh = !sheet || sheet.width !== next.width
     drawing = name === 'own'
     image.element.classList.toggle('live-pad', drawing)
     image.element.tabIndex = drawing ? 0 : -1
     image.overlay.setAttribute('tabindex', drawing ? -1 : 0)
-    renew.hidden = name !== 'digit'
+    renew.hidden = name !== 'digit' && name !== 'file'
+    renew.textContent = name === 'file' ? 'Another file' : 'Another digit'
     hint.textContent = drawing
       ? 'Draw on the image; the sliders move the window'
       : 'Drag the window, or its corner'
     lay(next, fresh)
   }
   const hint = element('span')
-  const renew = button('Another digit', () => use('digit'))
+  const renew = button('Another digit', () =>
+    source.select.value === 'file' ? choose() : use('digit'),
+  )
+  /** Ask for a picture file; what is shown stays until there is one. */
+  const choose = () => {
+    source.select.value = shown
+    file.value = ''
+    file.click()
+  }
   const source = choice(
     'Image',
     [
@@ -254,10 +273,7 @@ export default async function () {
       ['own', 'Your own drawing'],
       ['file', 'A picture file …'],
     ],
-    async name => {
-      if (name === 'file') file.click()
-      else use(name)
-    },
+    name => (name === 'file' ? choose() : use(name)),
   )
   const file = element('input', {
     type: 'file',

@@ -117,13 +117,13 @@ class DifferentiableRAM(nn.Module, Pretrained, library_name='draw_nbdev', licens
 def limit_growth(
     limit: float | None, # As a multiple of the loss's own gradients; `ValueError` unless above 0
 ) -> tuple[Callable[[int, Tensor], None], Callable[[int, Tensor], Tensor]]: # For outputs and states
-    "Measure what the loss sends; shorten what goes back to `limit` times its sum from there on"
+    "Measure what the loss sends; shorten what goes back to `limit` times what came after it"
     if limit is not None and not limit > 0: raise ValueError(f'limit must be above 0, got {limit}')
     lengths = {} # Of what the loss sent, by glimpse: each backward pass measures anew
     def measure(step, gradient): # Shape (batch, hidden_size)
         lengths[step] = gradient.norm(dim=1, keepdim=True)
     def shorten(step, gradient): # Shape (batch, 2 * hidden_size)
-        sent = sum(length for later, length in lengths.items() if later >= step)
+        sent = sum(length for later, length in lengths.items() if later > step)
         length = gradient.norm(dim=1, keepdim=True).clamp(min=1e-30)
         return gradient * (limit * sent / length).clamp(max=1)
     return measure, shorten

@@ -626,7 +626,7 @@ MUTATIONS = {
         ('class of the first glimpse', 'ClassifierOutput(every[-1],', 'ClassifierOutput(every[0],'),
         ('glimpses ignored', 'for step in range(steps):',
          'for step in range(c.glimpses):'),
-        ('what an earlier pass measured counts', 'if later >= step)', ')'),
+        ('what an earlier pass measured counts', 'if later > step)', ')'),
         ('classes unchecked', 'if len(labels) and labels.max() >= classes:', 'if False:'),
         ('intensity ignored', '(window.intensity[:, None, None, None] * patch).flatten(1)',
          'patch.flatten(1)'),

@@ -122,7 +122,7 @@ MUON = TrainOptions(optimizer='muon', learning_rate=3e-3, weight_decay=0.1, aver
                     kl_warmup=0, precision='auto')
 READ = replace(MUON, epochs=180, learning_rate=1e-3, clip_norm=1.0)
 RECIPES = {
-    'mnist': replace(MUON, epochs=150, weight_decay=0.02),
+    'mnist': replace(MUON, epochs=120, weight_decay=0.02, seed=2),
     'mnist_no_attention': replace(MUON, epochs=80),
     'svhn': replace(MUON, epochs=50),
     'cifar10': replace(MUON, epochs=100, growth=((16, 10), (32, 20))),

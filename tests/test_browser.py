@@ -273,7 +273,17 @@ def test_draws_what_the_keys_drew(reader):
     for key in ['ArrowLeft'] * 3 + ['Space'] + ['Shift+ArrowDown'] * 6: sheet.press(key)
     drawn = reader.pixels(place, 'Your drawing')[..., 0] > 128
     assert drawn[13:20, 10].all() and not drawn[:, 16:].any()
-    assert place.locator('.live-cursor').count() == 1 # still there when the drawing has been read
+
+def test_the_pen_stays(browser, address):
+    "Whoever draws by keys sees the pen while the network draws"
+    reader = Reader(browser, address, viewport={'width': 1000, 'height': 800})
+    sheet = reader.widget('reads').get_by_role('application')
+    sheet.focus()
+    sheet.press('Space')
+    shown = "document.querySelector('[data-live=reads] .live-transport output').textContent"
+    reader.page.wait_for_function(f'parseInt({shown}) >= 3')
+    assert sheet.locator('.live-cursor').count() == 1
+    reader.page.close()
 
 def test_looks_for_the_digit(reader):
     "Percentages for every glimpse; another puzzle, other answers; the empty sheet is empty"

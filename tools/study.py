@@ -24,7 +24,7 @@ from record import read_path
 
 BASE = TrainOptions(epochs=3, learning_rate=1.5e-3, precision='bf16')
 ATTENTION = dict(attention=True, glimpses=16)
-RECIPE = replace(RECIPES['mnist'], epochs=3, growth=(), decay=0.01, weight_decay=0., precision='bf16', valid_images=5000) # Its optimiser and first window, for three epochs at 16 steps and a constant rate
+RECIPE = replace(RECIPES['mnist'], seed=0, epochs=3, growth=(), decay=0.01, weight_decay=0., precision='bf16', valid_images=5000) # Its optimiser and first window, for three epochs at 16 steps and a constant rate
 ADAM = replace(RECIPE, optimizer='adam')
 STAGES = dict(growth=((16, 2), (32, 2)), epochs=6)
 FALLING = replace(RECIPE, epochs=18, decay=1., average=0.999) # A rate that falls from the first update to the last
@@ -71,6 +71,11 @@ class SmallWindows(Watched):
         for window, side in ((model.read.window, 6), (model.write.window, 9)):
             with torch.no_grad(): window.bias[3] = log(side / (config.width - 1))
         return model
+
+class Begun(Watched):
+    "Goes on from a run of this study whose window has found its way: options, and not ways, are compared"
+    def __init__(self, name: str): self.name = name # In `VARIANTS`
+    def start(self, config, train_set): return DRAW.from_pretrained(self.runs / folder_of(self.name))
 
 class WeightNormDRAW(DRAW):
     "Each row of both cells' gates as a direction and a length (Salimans and Kingma, 2016)"
@@ -130,9 +135,19 @@ VARIANTS |= {
     'T = 64 from the start, 1 pixel': ('stages', around(RECIPE, epochs=1), ATTENTION | dict(glimpses=64), PIXEL),
 }
 
-EIGHT = replace(RECIPES['mnist'], epochs=8, precision='bf16')
+EIGHT = replace(RECIPES['mnist'], seed=0, epochs=8, precision='bf16')
 VARIANTS |= {f'path, seed {seed}': ('path', around(EIGHT, seed=seed), ATTENTION, Watched()) for seed in range(3)}
 VARIANTS |= {f'path, small windows, seed {seed}': ('path', around(EIGHT, seed=seed), ATTENTION, SmallWindows()) for seed in range(4)}
+
+SEARCH = replace(EIGHT, epochs=2, average=0.998)
+FOUND = replace(SEARCH, epochs=4) # From the end of that search
+for seed in (0, 2): # those of `small windows` above that go round the digit
+    begin = f'same way, seed {seed}, search'
+    VARIANTS[begin] = 'same way', around(SEARCH, seed=seed), ATTENTION, SmallWindows()
+    VARIANTS |= {f'same way, seed {seed}, {name}': ('same way', around(FOUND, seed=seed, **options), ATTENTION, Begun(begin)) for name, options in {
+        'muon 3e-3': {}, 'muon 1.5e-3': dict(learning_rate=1.5e-3), 'muon 6e-3': dict(learning_rate=6e-3),
+        'adam 1.5e-3': dict(optimizer='adam', learning_rate=1.5e-3), 'adam 3e-3': dict(optimizer='adam'), 'adam 6e-3': dict(optimizer='adam', learning_rate=6e-3),
+        'no decay': dict(weight_decay=0.), 'decay 0.1': dict(weight_decay=0.1)}.items()}
 
 READING = TrainOptions(epochs=12, learning_rate=2e-3, kl_warmup=0, clip_norm=1.0, decay=0.4, valid_images=5000)
 SEARCHING = replace(RECIPES['cluttered_8'], epochs=8, decay=0.01, weight_decay=0., optimizer='adam', precision='bf16', valid_images=5000) # Eight glimpses at a constant rate
@@ -146,13 +161,16 @@ VARIANTS |= {f'classifier, {name}': ('classifier', around(READING, **options), {
 VARIANTS |= {f'{optimizer}, limit {limit or "none"}': ('gradients through time', around(SEARCHING, optimizer=optimizer), dict(glimpses=8), reading(limit))
              for optimizer, limits in (('adam', (4, 16, 64, None)), ('muon', (4, 64))) for limit in limits}
 
+def folder_of(name): return ''.join(c if c.isalnum() else '_' for c in name)
+
 def run(
     name: str, # In `VARIANTS`
     out: Path, # Folder of the runs
 ) -> dict: # One row of the study
     "Train, or read what is there"
     part, options, sizes, task = VARIANTS[name]
-    folder, options = out / ''.join(c if c.isalnum() else '_' for c in name), replace(BASE, **options)
+    folder, options = out / folder_of(name), replace(BASE, **options)
+    Begun.runs = out
     classifies = isinstance(task, ClassifyTask)
     data, score, other = ('cluttered_mnist', 'error', 'cross_entropy') if classifies else ('mnist_fixed', 'bound', 'latent')
     config = CLASSIFIERS['cluttered_4'] if classifies else preset('mnist_no_attention', glimpses=8)

@@ -24,8 +24,8 @@ from .data import Images
 from .evaluation import evaluating
 from .files import reraise_as
 from .filterbank import Window, attention_window
-from .model import (DRAW, LSTMCell, Pretrained, check_sizes, find_config, preset,
-                              stack_windows)
+from .model import (DRAW, LSTMCell, Pretrained, check_batch, check_sizes, find_config,
+                              preset, stack_windows)
 from .muon import make_optimizers
 from .options import RECIPES, TrainOptions
 from .plots import READ_COLOR, draw_windows, image_grid
@@ -45,19 +45,6 @@ class RAMConfig:
     classes: int = 10 # Kinds of digits
 
     def __post_init__(self): check_sizes(self)
-
-# %% ../nbs/28_classifier.ipynb #15c93378
-def check_images(
-    images: Tensor, # Shape (batch, channels, height, width)
-    config, # With channels, height and width
-) -> None:
-    "Raise `ValueError` for images that a network was not made for, and for bytes"
-    shape = config.channels, config.height, config.width
-    if images.shape[1:] != shape:
-        raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit '
-                         f'a network for {shape}')
-    if not images.is_floating_point() and images.numel() and images.max() > 1:
-        raise ValueError('images are bytes up to 255: divide them by 255')
 
 # %% ../nbs/28_classifier.ipynb #15f791fc
 class ClassifierOutput(NamedTuple):
@@ -92,7 +79,7 @@ class DifferentiableRAM(nn.Module, Pretrained, library_name='draw_nbdev', licens
     ) -> ClassifierOutput:
         "The recurrence for t = 1..T, and the class after the last glimpse"
         c = self.config
-        check_images(images, c)
+        check_batch(images, c)
         steps = c.glimpses if glimpses is None else glimpses
         if steps < 1: raise ValueError(f'glimpses must be at least 1, got {steps}')
         hidden, cell = self.initial_state[:, None].expand(-1, len(images), -1)
@@ -171,7 +158,7 @@ class Convolutional(nn.Module, Pretrained, library_name='draw_nbdev', license='m
         limit: float | None = None, # Not used: nothing goes back through time
     ) -> ClassifierOutput: # Without windows
         "Class of an image seen as a whole"
-        check_images(images, self.config)
+        check_batch(images, self.config)
         if glimpses not in (None, 1):
             raise ValueError(f'the convolutional network looks once, not {glimpses} times: '
                              'leave the glimpses out')
@@ -243,6 +230,7 @@ def check_labelled(
         raise ValueError(f'{name} says nothing of classes: a classifier needs a set '
                          'with labels, such as cluttered_mnist')
 
+# %% ../nbs/28_classifier.ipynb #2ef1c72f
 def check_classes(
     labels: Tensor, # Class of each image, shape (batch,)
     classes: int, # Known to the network

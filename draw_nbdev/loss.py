@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from .model import DRAW, DRAWOutput
+from .model import DRAW, DRAWOutput, check_bytes
 
 # %% ../nbs/20_loss.ipynb #c0644dbc
 def reconstruction_loss(
@@ -25,8 +25,7 @@ def reconstruction_loss(
     if shape != images.shape:
         raise ValueError(f'a canvas for images of shape {tuple(shape)} does not fit '
                          f'images of shape {tuple(images.shape)}')
-    if not images.is_floating_point() and images.numel() and images.max() > 1:
-        raise ValueError('images are bytes up to 255: divide them by 255')
+    check_bytes(images)
     if pixels: # those of Bernoulli give the same
         log_prob = pixels.log_prob(images.to(canvas))
         return -(log_prob if log_prob.ndim == 1 else log_prob.flatten(1).sum(1))

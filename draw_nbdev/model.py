@@ -102,6 +102,26 @@ def check_sizes(
         if type(value) is int and value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
 
+# %% ../nbs/14_model.ipynb #85b55baf
+def check_bytes(
+    images: Tensor, # Of any shape; whole numbers may be bits
+) -> None:
+    "Raise `ValueError` for bytes, which would be taken for intensities"
+    if not images.is_floating_point() and images.numel() and images.max() > 1:
+        raise ValueError('images are bytes up to 255: divide them by 255')
+
+# %% ../nbs/14_model.ipynb #9ce8bf6b
+def check_batch(
+    images: Tensor, # Shape (batch, channels, height, width)
+    config, # With channels, height and width
+) -> None:
+    "Raise `ValueError` for images that a network was not made for, and for bytes"
+    shape = config.channels, config.height, config.width
+    if images.shape[1:] != shape:
+        raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit '
+                         f'a network for {shape}')
+    check_bytes(images)
+
 # %% ../nbs/14_model.ipynb #d021e648
 PRESETS = {
     'mnist': DRAWConfig(),
@@ -541,12 +561,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f'parameters in {dtype} are too coarse for the windows: '
                              'keep the network in float32 and use torch.autocast')
-        expected = c.channels, c.height, c.width
-        if images.shape[1:] != expected:
-            raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit '
-                             f'a network for {expected}')
-        if images.dtype == torch.uint8 and images.numel() and images.max() > 1:
-            raise ValueError('images are bytes up to 255: divide them by 255')
+        check_batch(images, c)
         shape = self.check_glimpses(glimpses), images.shape[0], c.latent_size
         if noise is None: return torch.randn(shape, dtype=dtype, device=images.device)
         steps = shape[0] if glimpses is not None else 'glimpses'

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from draw_nbdev.attention import filters, read_patch
+from draw_nbdev.classifier import DifferentiableRAM, RAMConfig
 from draw_nbdev.demo import live_files, make_server
 from draw_nbdev.filterbank import Window
 from draw_nbdev.loss import bound
@@ -26,6 +27,10 @@ UNNAMED = """() =>
   .filter(e => !e.labels?.length && !e.getAttribute('aria-label') && !e.textContent.trim())
   .map(e => e.outerHTML)"""
 
+CENTRE = """colour => {
+  const context = document.querySelector('[data-live=window] canvas').getContext('2d')
+  return context.getImageData(50, 50, 1, 1).data.slice(0, 3).join() === colour.join()
+}""" # The picture in the window widget has this colour there
 OUTSIDE = """() => [...document.querySelectorAll('main *:not(svg *)')]
   .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5)
   .map(e => e.outerHTML.slice(0, 80))"""
@@ -303,6 +308,24 @@ def test_looks_for_the_digit(reader):
     place.get_by_role('button', name='Add clutter').click()
     assert reader.pixels(place, 'The puzzle').max() > 0
 
+@pytest.mark.parametrize('sizes', [dict(height=27), dict(classes=4)])
+def test_looks_for_digits_alone(sizes, browser, tmp_path):
+    "A classifier for which there are no puzzles says so in a line; the packaged ones go on"
+    small = RAMConfig(glimpses=2, hidden_size=4, **sizes)
+    DifferentiableRAM(small).save_pretrained(tmp_path / 'own')
+    server = make_server(live_files(tmp_path / 'page', tmp_path / 'own'), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    options = dict(viewport={'width': 1000, 'height': 800}, reduced_motion='reduce')
+    reader = Reader(browser, f'http://127.0.0.1:{server.server_port}/', **options)
+    place = reader.widget('looks')
+    place.get_by_text('the puzzles are digits: they need ten classes').wait_for()
+    place.get_by_label('Network').select_option('cluttered_4')
+    reader.wide('looks', 100)
+    assert not place.locator('.live-problem').count() and reader.complaints == []
+    reader.page.close()
+    server.shutdown()
+    server.server_close()
+
 def test_blend(reader):
     "At its ends the blend is the two samples, and between them neither"
     place = reader.widget('blends')
@@ -392,6 +415,7 @@ def test_a_picture_file(reader, tmp_path):
     assert not place.locator('.live-problem').count()
     for channel, name in ((0, 'red'), (2, 'blue')):
         file.set_input_files(tmp_path / f'{name}.png')
+        reader.page.wait_for_function(CENTRE, arg=(255 * np.eye(3, dtype=int)[channel]).tolist())
         assert place.get_by_role('button', name='Another file').count() == 1
         image = reader.pixels(place, 'The image')
         assert image.shape == (100, 100, 3) and image[50, 50].argmax() == channel

@@ -73,8 +73,9 @@ class SmallWindows(Watched):
         return model
 
 class Begun(Watched):
-    "Goes on from a run of this study whose window has found its way: options, and not ways, are compared"
-    def __init__(self, name: str): self.name = name # In `VARIANTS`
+    "Goes on from another run of this study, whose window has found its way"
+    runs: Path # Folder of all runs, known when the first begins
+    def __init__(self, name: str): self.name = name # Of that run, in `VARIANTS`
     def start(self, config, train_set): return DRAW.from_pretrained(self.runs / folder_of(self.name))
 
 class WeightNormDRAW(DRAW):
@@ -161,7 +162,11 @@ VARIANTS |= {f'classifier, {name}': ('classifier', around(READING, **options), {
 VARIANTS |= {f'{optimizer}, limit {limit or "none"}': ('gradients through time', around(SEARCHING, optimizer=optimizer), dict(glimpses=8), reading(limit))
              for optimizer, limits in (('adam', (4, 16, 64, None)), ('muon', (4, 64))) for limit in limits}
 
-def folder_of(name): return ''.join(c if c.isalnum() else '_' for c in name)
+def folder_of(
+    name: str, # In `VARIANTS`
+) -> str: # Of its run
+    "A name that every file system takes"
+    return ''.join(c if c.isalnum() else '_' for c in name)
 
 def run(
     name: str, # In `VARIANTS`

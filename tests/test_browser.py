@@ -178,6 +178,21 @@ def test_sample_is_pytorchs(reader):
     reader.slide(place, 'Spread of z', 'Home')
     assert abs(reader.pixels(place, 'The drawing after step 64') - found).max() > 100
 
+@pytest.mark.parametrize('bad', ['-3', '2.5', '1000000', ''])
+def test_a_seed_that_is_none(bad, reader):
+    "It is marked, nothing is drawn with it, and the spread goes on from the seed before"
+    place = reader.widget('draws')
+    seed = place.get_by_label('Seed')
+    reader.slide(place, 'Spread of z', 'End')
+    seed.fill('5')
+    reader.slide(place, 'Step', 'End')
+    before = reader.pixels(place, 'The drawing')
+    seed.fill(bad)
+    seed.press('Tab')
+    assert seed.evaluate('e => e.matches(":invalid") && e.validationMessage.length > 0')
+    for key in ('ArrowLeft', 'ArrowRight'): reader.slide(place, 'Spread of z', key)
+    assert (reader.pixels(place, 'The drawing') == before).all()
+
 BAD = {'damaged': 'damaged: the weights are damaged', 'foreign': 'do not fit their config.json',
        'missing': 'could not be loaded'}
 

@@ -98,10 +98,12 @@ export function choice(label, options, changed) {
   return { element: row(label, select), select }
 }
 
-/** A whole number from 0, typed, with a button that draws another. */
+/** A whole number from 0, typed; another number gets the browser's line and changes nothing. */
 export function seedField(label, value, changed) {
   const read = () => {
-    if (input.checkValidity() && input.value) changed(Number(input.value))
+    if (!input.checkValidity()) return
+    value = Number(input.value)
+    changed(value)
   }
   const input = element('input', {
     type: 'number',
@@ -109,7 +111,9 @@ export function seedField(label, value, changed) {
     max: 999999,
     step: 1,
     value,
+    required: true,
     input: read,
+    change: () => input.reportValidity(),
     inputmode: 'numeric',
   })
   const renew = () => {
@@ -120,7 +124,7 @@ export function seedField(label, value, changed) {
     element: row(label, input),
     renew,
     get value() {
-      return Number(input.value)
+      return value
     },
   }
 }

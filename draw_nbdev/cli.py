@@ -9,6 +9,7 @@ __all__ = ['app', 'main']
 import inspect, json, os, signal, sys, tempfile, threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -183,7 +184,7 @@ def check_memory(
 ) -> None:
     "Raise `ValueError` for more than the machine has memory for"
     import psutil
-    needed, there = 4 * numbers / 2**30, psutil.virtual_memory().total / 2**30
+    needed, there = 4 * min(numbers, 10**18) / 2**30, psutil.virtual_memory().total / 2**30
     if needed > there:
         raise ValueError(f'{what} would need {needed:,.0f} GB of memory, '
                          f'and this machine has {there:,.0f} GB: choose smaller numbers')
@@ -360,9 +361,9 @@ def classify_command(
     network = run(train_classifier, config, options, train_set, valid_set, out, describe, count)
     if not leads(): return
     result = classification_error(network, images)
+    write_json(out / 'classification.json', {'model': str(out / 'best'), **asdict(result)})
     say_data(result)
     say_error(result)
-    write_json(out / 'classification.json', {'model': str(out / 'best'), **asdict(result)})
     if isinstance(network, DifferentiableRAM):
         six = images.batch(torch.arange(6), torch.Generator().manual_seed(0))
         typer.echo(plots.save(glimpse_grid(network, six), out / 'glimpses.png'))
@@ -410,6 +411,10 @@ def check_least(
         if value is not None and value < 1:
             raise ValueError(f'--{name} must be at least 1, got {value}')
 
+# %% ../nbs/40_cli.ipynb #e4688e8e
+NO_NUMBERS = ('what {} computes is not finite: its weights are damaged, '
+              'or come from a training that failed')
+
 # %% ../nbs/40_cli.ipynb #0787fd70
 @app.command('evaluate')
 def evaluate_command(
@@ -454,9 +459,11 @@ def evaluate_command(
     found = find_data(data, images, size, split, trained_on)
     if draws: result = evaluate(network, found, glimpses, seeds, samples, limit)
     else: result = classification_error(network, found, glimpses, limit)
+    if not isfinite(result.bound if draws else result.cross_entropy):
+        raise ValueError(NO_NUMBERS.format(model))
+    if out: write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
     say_data(result)
     (say_bound if draws else say_error)(result)
-    if out: write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
 
 # %% ../nbs/40_cli.ipynb #406f2a2f
 @app.command('generate')
@@ -485,10 +492,11 @@ def generate_command(
     kept = c.channels * c.height * c.width + c.latent_size
     check_memory(f'{count} images in so many steps', 2 * count * (1 + steps) * kept)
     drawing = network.generate(count, glimpses, torch.Generator().manual_seed(seed))
+    if not drawing.canvases.isfinite().all(): raise ValueError(NO_NUMBERS.format(model))
     about = {'model': model, 'count': count, 'glimpses': steps, 'seed': seed}
     write_json(out / 'generate.json', about)
     remove_partial(out)
-    size = c.write_size if c.attention else None
+    size = c.write_size if drawing.windows is not None else None
     few, more = drawing.first(8), drawing.first(36)
     course = network.images(more.canvases)
     plots.save(plots.image_grid(network.images(drawing.canvases[-1]), zoom=2), out / 'samples.png')
@@ -576,6 +584,8 @@ def data_command():
 def main() -> None:
     "The command `draw`"
     stopped = 130, 'interrupted'
+    for name in ('stdout', 'stderr'): # None where the caller has closed it
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))
     for stream in (sys.stdout, sys.stderr): # a code page may not have what a path has
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     alone = threading.current_thread() is threading.main_thread() and 'RANK' not in os.environ

@@ -57,7 +57,8 @@ class Images:
             raise ValueError(f'{name}: nothing but 0 and 1: give levels=1 for bits, '
                              'or levels=255 for nearly black bytes')
         if levels is None: levels = 255
-        if levels < 1: raise ValueError(f'{name}: levels must be at least 1, not {levels}')
+        if levels not in range(1, 256):
+            raise ValueError(f'{name}: levels must be a whole number from 1 to 255, not {levels}')
         if highest > levels:
             raise ValueError(f'{name}: pixel values go up to {highest}, beyond levels={levels}')
         self.pixels, self.levels = pixels, levels

@@ -141,14 +141,14 @@ def read_path(
 
 # %% ../nbs/50_data_sets.ipynb #24577c6e
 def find(
-    data: str | Path, # A name in `DATA_SETS`, that of a zip in the data folder, or a path
+    data: str | Path, # A name in `DATA_SETS`, that of a zip in the data folder, or else a path
     split: str, # 'train', 'valid' or 'test'
     size: int | tuple[int, int] | None = None, # For plain images: side, or (height, width)
     root: str | Path | None = None, # Data folder; `data_root()` if None
 ) -> Images: # The images of the split
     "Any data set by its name, or images of your own by their path"
     check_split(split)
-    entry = DATA_SETS.get(str(data))
+    entry = None if isinstance(data, Path) else DATA_SETS.get(data)
     if entry:
         if size is not None:
             raise ValueError(f'{data} is a data set of the paper, with images of a size of its '

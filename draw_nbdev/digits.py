@@ -129,7 +129,7 @@ class LabelledImages(Images):
     "Images with a class each"
     def __init__(self,
         pixels: Tensor, # As for `Images`
-        labels: Tensor, # Classes, shape (count,), int64
+        labels: Tensor, # Classes, whole numbers, shape (count,)
         *args, **kwargs # As for `Images`
     ):
         super().__init__(pixels, *args, **kwargs)
@@ -138,7 +138,7 @@ class LabelledImages(Images):
                              f'not {tuple(labels.shape)}')
         if labels.is_floating_point() or labels.min() < 0:
             raise ValueError(f'{self.name}: labels are numbers of classes, 0, 1, ...')
-        self.labels = labels
+        self.labels = labels.long()
 
     def batch_with_labels(self,
         indices: Tensor | Sequence[int], # Which images, shape (batch,)
@@ -158,6 +158,9 @@ class FreshDigits(LabelledImages):
         *args, **kwargs # As for `Images`
     ):
         super().__init__(digits, labels, *args, **kwargs)
+        if self.levels != 255 or digits.shape[1] != 1 or digits.shape[2] != digits.shape[3]:
+            raise ValueError(f'{self.name}: digits are grey squares, uint8 of shape '
+                             '(count, 1, side, side)')
         if len(digits) < 2:
             raise ValueError(f'{self.name}: one digit is not enough to put images together from')
         if min(size) < digits.shape[-1]:

@@ -65,15 +65,15 @@ def image_files(path: Path) -> Iterator[tuple[dict[str, tuple], Callable]]:
     with reraise_as(ValueError, f'{path} is a damaged zip file: get it again', zipfile.BadZipFile):
         archive = zipfile.ZipFile(path)
     with archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
-        files = {o.filename: (o.file_size, o.CRC, o.header_offset) for o in members}
+        members = {o.filename.replace('\\', '/'): o for o in archive.infolist() if not o.is_dir()}
+        files = {name: (o.file_size, o.CRC, o.header_offset) for name, o in members.items()}
         def open_member(name): # in large pieces, since Pillow reads headers in many small ones
-            return io.BufferedReader(archive.open(name), 2**16)
+            return io.BufferedReader(archive.open(members[name]), 2**16)
         yield keep_images(files), open_member
 
 # %% ../nbs/53_image_folder.ipynb #89004dcf
-FOLDER_SPLITS = {'train': 'train', 'valid': 'valid', 'val': 'valid', 'validation': 'valid',
-                 'test': 'test'}
+FOLDER_SPLITS = {'train': 'train', 'training': 'train', 'valid': 'valid', 'val': 'valid',
+                 'validation': 'valid', 'test': 'test', 'testing': 'test'}
 
 # %% ../nbs/53_image_folder.ipynb #49d3edf0
 def drop_shared_folders(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import NamedTuple, Union, get_args, get_origin, get_type_hints
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributions, nn
 from .attention import AttentiveRead, AttentiveWrite, WholeRead, WholeWrite
 from .files import reraise_as
@@ -91,7 +91,7 @@ class DRAWConfig:
 def check_sizes(
     config, # A dataclass of whole numbers, truth values and names; other fields are passed over
 ) -> None:
-    "Raise `ValueError` for a field of another type and for numbers below one"
+    "Raise `ValueError` for a field of another type and for numbers that are no sizes"
     kinds = get_type_hints(type(config))
     for name in (field.name for field in fields(config)):
         value, hint = getattr(config, name), kinds[name]
@@ -101,6 +101,7 @@ def check_sizes(
             raise ValueError(f'{name} must be {allowed[0].__name__}, got {repr(value)[:99]}')
         if type(value) is int and value < 1:
             raise ValueError(f'{name} must be at least 1, got {value}')
+        if type(value) is int and value >= 2**31: raise ValueError(f'{name} must be below 2^31')
 
 # %% ../nbs/14_model.ipynb #85b55baf
 def check_bytes(
@@ -337,6 +338,30 @@ def find_config(
     if folder: return folder / 'config.json'
     return Path(hf_hub_download(hub_name(name), 'config.json', **options))
 
+# %% ../nbs/14_model.ipynb #e8e8dbe1
+FLOATS = 'F16', 'BF16', 'F32', 'F64' # As safetensors calls them
+
+# %% ../nbs/14_model.ipynb #ad3128ca
+def check_weights(
+    folder: Path, # With model.safetensors
+    network: type[nn.Module], # What is to be made of it
+    config, # Sizes, from a config.json that may say anything
+) -> None:
+    "Raise `RuntimeError` where they differ, before the network takes memory"
+    try:
+        with torch.device('meta'): made = network(config).state_dict()
+    except Exception as error:
+        if 'overflow' not in str(error).lower(): return # a part that cannot be made without numbers
+        raise RuntimeError('sizes too large for any memory') from None
+    with safe_open(folder / 'model.safetensors', 'pt') as stored:
+        for name in made.keys() & stored.keys():
+            wanted, there = made[name], stored.get_slice(name)
+            if there.get_shape() != list(wanted.shape):
+                raise RuntimeError(f'{name} has shape {there.get_shape()}, '
+                                   f'not {list(wanted.shape)}')
+            if wanted.is_floating_point() and there.get_dtype() not in FLOATS:
+                raise RuntimeError(f'{name} is of type {there.get_dtype()}')
+
 # %% ../nbs/14_model.ipynb #74c4be33
 class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/draw_nbdev',
                  docs_url='https://draw-nbdev.github.io/draw_nbdev'):
@@ -377,6 +402,8 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
         with reraise_as(ValueError, damaged, TypeError, *problems):
             options = {'config': cls.read_config(name, file), **options}
         with reraise_as(ValueError, damaged, *problems):
+            if folder and options.keys() == {'config'}:
+                check_weights(folder, cls, options['config'])
             with contextlib.redirect_stdout(io.StringIO()):
                 source = str(folder or hub_name(name))
                 network = super().from_pretrained(source, strict=True, **options)
@@ -530,7 +557,8 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         canvases: Tensor, # c_t, shape (..., channels, height, width)
     ) -> Tensor: # In 0..1, the same shape
         "The mean of p(x | c), to be looked at: sigma(c) unless the network has another likelihood"
-        return self.likelihood(canvases).mean.clamp(0, 1)
+        each = canvases.reshape(-1, *canvases.shape[-3:]) # what a likelihood expects
+        return self.likelihood(each).mean.clamp(0, 1).reshape(canvases.shape)
 
     def initial_states(self,
         count: int, # Images in the batch
@@ -547,6 +575,9 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         margin: float = 0.01, # Means are kept this far from 0 and 1
     ) -> 'DRAW': # This network
         "Start c_0 at the canvas of the mean image, so that training need not find it first"
+        check_batch(mean_image[None], self.config)
+        if not 0 <= mean_image.min() <= mean_image.max() <= 1:
+            raise ValueError('the mean of the training images must lie in [0, 1]')
         canvas = self.likelihood.canvas_of(mean_image.clamp(margin, 1 - margin))
         self.initial_canvas.copy_(canvas)
         return self

@@ -68,7 +68,8 @@ def check_options(
         raise ValueError('weight_decay must be at least 0 and below 1 / learning_rate, '
                          f'got {o.weight_decay}')
     if not 0 < o.decay <= 1: raise ValueError(f'decay must be above 0 and at most 1, got {o.decay}')
-    if o.seed >= 2**63: raise ValueError(f'seed must be below 2^63, got {o.seed}')
+    large = [name for name, value in given.items() if isinstance(value, int) and value >= 2**63]
+    if large: raise ValueError(f'{large[0]} must be below 2^63')
     if not 0 <= o.average < 1:
         raise ValueError(f'average must be at least 0 and below 1, got {o.average}')
     if not 0 <= o.final_rate <= 1:
@@ -165,7 +166,7 @@ def with_epochs(
     epochs: int, # Passes over the training set
 ) -> TrainOptions:
     "The same for another number of epochs; stages shrink with the whole, and empty ones go"
-    share = min(1, epochs / options.epochs)
+    share = min(epochs, options.epochs) / options.epochs
     growth = [(glimpses, round(count * share)) for glimpses, count in options.growth]
     growth = tuple(stage for stage in growth if stage[1])
     while growth and sum(count for _, count in growth) >= epochs: growth = growth[:-1]

@@ -122,7 +122,9 @@ def start_other(
     errors: IO[bytes], # For its standard error
 ) -> subprocess.Popen:
     "Start this command line again for another process"
-    command = [sys.executable, '-c', 'from draw_nbdev.cli import main; main()', *sys.argv[1:]]
+    same = f'import sys; sys.path[:] = {sys.path!r}' # Python would look in this folder first
+    start = f'{same}; from draw_nbdev.cli import main; main()'
+    command = [sys.executable, '-c', start, *sys.argv[1:]]
     quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
     return subprocess.Popen(command, env={**os.environ, **common, **rank_variables(rank)}, **quiet)
 

@@ -308,7 +308,7 @@ def pictures(
             yield experiment.sequence, 'glimpses', glimpse_grid(model.network, six), GLIMPSES
         return
     config, few = model.network.config, drawing.first(8)
-    size = config.write_size if config.attention else None
+    size = config.write_size if drawing.windows is not None else None
     images = model.network.images
     rows = plots.sequence_grid(images(few.canvases), few.windows, size, COLUMNS)
     yield experiment.sequence, 'sequence', rows, SEQUENCE if config.attention else WHOLE
@@ -353,7 +353,7 @@ def draw_film(
     about: str, # End of the caption
 ) -> dict[str, str]: # Film -> caption
     "An animation, and the same as a video where one can be made"
-    more, size = drawing.first(36), network.config.write_size if network.config.attention else None
+    more, size = drawing.first(36), None if drawing.windows is None else network.config.write_size
     films = [f'drawing_{name}.gif'] + [f'drawing_{name}.mp4'] * plots.can_write_mp4()
     images = network.images(more.canvases)
     for file in films: plots.animation(images, out / file, more.windows, size)

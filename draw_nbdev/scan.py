@@ -229,6 +229,7 @@ class Lease:
     "Workspaces for one pass, one for each worker; they go back when the lease dies"
     key: tuple # What they fit: sizes, T, images of each worker, keep, dtype, device
     workspaces: list[Workspace] # One for each worker
+    in_use: bool = False # By workers, who may go on after an exception has ended the pass
     free: ClassVar[deque] = deque() # (key, workspaces), the oldest first
     limit: ClassVar[int] = 2**30 # Bytes that free workspaces may take
 
@@ -256,6 +257,7 @@ class Lease:
         return True
 
     def __del__(self):
+        if self.in_use: return
         self.free.append((self.key, self.workspaces))
         with contextlib.suppress(IndexError): # another thread may have taken the last
             while self.kept() > self.limit: self.free.popleft()
@@ -674,7 +676,9 @@ class Scan(torch.autograd.Function):
         jobs = [(s, p, products, w, x[share], noise[:, share],
                  canvas[share], posterior[:, share], latents[:, share])
                 for w, share in zip(lease.workspaces, shares)]
+        lease.in_use = True
         in_parallel(forward_pass, jobs, count)
+        lease.in_use = False
         if keep:
             token = x.new_empty(0)
             token.lease = lease
@@ -699,7 +703,9 @@ class Scan(torch.autograd.Function):
             jobs = [(ctx.s, p, products, w, d_canvas[share], d_posterior[:, share],
                      d_latents[:, share], image_gradient, ctx.dtype)
                     for w, share in zip(token.lease.workspaces, ctx.shares)]
+            token.lease.in_use = True
             found = in_parallel(backward_pass, jobs, ctx.count)
+            token.lease.in_use = False
         d_weights = add_up([of_weights for of_weights, _ in found])
         d_x = torch.cat([of_x for _, of_x in found]) if image_gradient else None
         return None, None, None, d_x, None, *d_weights

@@ -8,6 +8,7 @@ __all__ = ['update_average', 'generator_for', 'Task', 'choose_precision', 'machi
 # %% ../nbs/22_training.ipynb #30ead3d4
 import os, platform, tempfile, warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import lru_cache
 from math import inf, isfinite
@@ -287,6 +288,7 @@ def check_run(
     train_set: Images, # Images to learn from
     valid_set: Images, # Images to choose by
     options: TrainOptions, # Of the run
+    task: Task, # What to learn
 ) -> None:
     "Raise `ValueError` for what cannot be run"
     for data in (train_set, valid_set): check_images(data)
@@ -300,6 +302,10 @@ def check_run(
     if len(train_set) < options.batch_size:
         raise ValueError(f'{len(train_set)} images are fewer than one batch of '
                          f'{options.batch_size}: choose a smaller batch size')
+    every = getattr(task, 'every_glimpse', False)
+    if options.every_glimpse != every:
+        raise ValueError(f'every_glimpse is {options.every_glimpse} in the options and {every} in '
+                         f'{type(task).__name__}: give both the same')
 
 # %% ../nbs/22_training.ipynb #5272ffd6
 def check_start(
@@ -357,9 +363,11 @@ def describe(
     "What a run is"
     data = {'name': train_set.name, 'note': train_set.note,
             'train': train_set.checksum, 'valid': valid_set.checksum,
-            'levels': train_set.levels, 'kind': type(train_set).__name__}
-    if hasattr(train_set, 'labels'):
-        data['labels'] = md5(torch.as_tensor(train_set.labels).cpu().numpy().tobytes())
+            'levels': train_set.levels, 'kind': type(train_set).__name__,
+            'valid_levels': valid_set.levels, 'valid_kind': type(valid_set).__name__}
+    for name, images in (('labels', train_set), ('valid_labels', valid_set)):
+        if hasattr(images, 'labels'):
+            data[name] = md5(torch.as_tensor(images.labels).cpu().numpy().tobytes())
     said = {'config': asdict(config), 'options': asdict(options), 'version': __version__,
             'data': data, 'task': settings(task)}
     return json.loads(json.dumps(said)) # as it will be read again
@@ -384,13 +392,13 @@ def train(
     task: Task = Task(), # What to learn
 ) -> DRAW: # Averaged weights of the best validation bound; the task's network
     "Minimise the bound, keep the best averaged weights; raises `ValueError` for what cannot run"
-    check_run(config, train_set, valid_set, options)
+    check_run(config, train_set, valid_set, options, task)
     options = replace(options, precision=choose_precision(options.precision))
     out, accelerator = Path(out), start_accelerator(options)
     description = describe(config, train_set, valid_set, options, task)
     before = open_run(out, description)
     accelerator.wait_for_everyone() # nobody writes before everybody has looked
-    with take_lock(out, accelerator):
+    with take_lock(out, accelerator), ExitStack() as at_the_end:
         torch.manual_seed(options.seed)
         model = task.start(config, train_set)
         check_start(model, config)
@@ -408,6 +416,7 @@ def train(
         if before: check_epochs(before['options'], options, progress['step'], per_epoch)
         description['segments'] = next_segments(before, options, progress, accelerator)
         record = Record(out, accelerator, averaged, options, description, progress)
+        if record.log: at_the_end.callback(record.log.close)
 
         def make_batch(step):
             epoch, place = divmod(step, per_epoch)

@@ -343,3 +343,52 @@ def test_no_option_is_forgotten():
     found = {name: {p.name for p in verb.params if p.param_type_name == 'option'} - {'help'}
              for name, verb in verbs.items()}
     assert found == TRIED
+
+# ---- what is closed, and what is no number
+
+def test_results_are_written_before_they_are_told(weights, spy, monkeypatch):
+    "A reader who has gone away, as `head` has, loses nothing"
+    spy(data_sets, 'find', lambda given: small_set(given['split']))
+    spy(evaluation, 'evaluate', BOUND)
+    def gone(*_, err=False):
+        if not err: raise BrokenPipeError
+    monkeypatch.setattr(cli.typer, 'echo', gone)
+    with pytest.raises(BrokenPipeError): draw('evaluate draw --data mnist --out result')
+    assert json.loads((weights / 'result/evaluation.json').read_text())['bound'] == BOUND.bound
+
+def test_bounds_and_drawings_that_are_no_numbers(weights, spy):
+    "Are not given out as results"
+    spy(data_sets, 'find', lambda given: small_set(given['split']))
+    spy(evaluation, 'evaluate', replace(BOUND, bound=float('nan')))
+    with pytest.raises(ValueError, match='what draw computes is not finite'):
+        draw('evaluate draw --data mnist --out result')
+    model = DRAW.from_pretrained('draw')
+    with torch.no_grad():
+        for p in model.parameters(): p.fill_(3e38)
+    model.save_pretrained('large')
+    with pytest.raises(ValueError, match='what large computes is not finite'):
+        draw('generate large --count 2 --out pictures')
+    assert not (weights / 'result').exists() and not (weights / 'pictures').exists()
+
+def test_windows_of_the_write_part(weights):
+    "Are drawn wherever there are some, whatever reads"
+    config = replace(SIZES, attention=False, write_part='attentive')
+    DRAW(config).save_pretrained('mixed')
+    draw('generate mixed --count 2 --out pictures')
+    assert np.ptp(np.asarray(Image.open('pictures/sequence.png')).astype(int), axis=2).max() > 0
+
+@pytest.mark.parametrize('closed', ['stdout', 'stderr'])
+def test_streams_that_are_closed(closed, weights, spy, monkeypatch):
+    "By a caller who wants to see nothing: progress bars have nowhere to go"
+    spy(data_sets, 'find', lambda given: small_set(given['split']))
+    line = 'draw evaluate draw --data mnist --samples 2 --out result'
+    monkeypatch.setattr('sys.argv', line.split())
+    monkeypatch.setattr(f'sys.{closed}', None)
+    with pytest.raises(SystemExit) as ended: cli.main()
+    assert ended.value.code == 0 and (weights / 'result/evaluation.json').is_file()
+
+@pytest.mark.parametrize('option', ['epochs', 'batch-size', 'glimpses', 'hidden-size'])
+def test_numbers_without_end(option, weights):
+    with pytest.raises(ValueError) as caught:
+        draw(f'train mnist --data mnist --out run --{option} 1{"0" * 400}')
+    assert '\n' not in str(caught.value) and not (weights / 'run').exists()

@@ -463,3 +463,8 @@ def test_real_independent_pixels():
         x = valid.batch(torch.arange(len(valid))).flatten(1)
         return -(x*p.log() + (1 - x)*(1 - p).log()).sum(1).mean().item()
     assert 203 < nats('mnist_fixed') < 209
+
+@pytest.mark.parametrize('levels', [0, 256, 1000, 255.5])
+def test_levels_that_bytes_do_not_have(levels):
+    with pytest.raises(ValueError, match='levels must be a whole number from 1 to 255'):
+        Images(torch.ones(2, 1, 3, 4, dtype=torch.uint8), 'name', 'train', levels=levels)

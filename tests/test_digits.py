@@ -151,6 +151,13 @@ def test_labels_must_fit():
             draw_two_digits, (9, 10), some_digits(), torch.zeros(9, dtype=torch.long),
             'large', 'train',
         )
+    classes = torch.tensor([2, 0, 1], dtype=torch.int32)
+    images = LabelledImages(torch.zeros(3, 1, 2, 2), classes, 'int', 'train')
+    assert images.labels.dtype == torch.long
+    digits = torch.full((9, 1, 4, 4), 255, dtype=torch.uint8)
+    for wrong in (digits.expand(9, 3, 4, 4), digits[..., :3], digits.bool()):
+        with pytest.raises(ValueError, match='digits are grey squares'):
+            FreshDigits(draw_two_digits, (9, 10), wrong, torch.arange(9), 'odd', 'train')
     for wrong in (torch.zeros(3), torch.tensor([0, 1, -100])):
         with pytest.raises(ValueError, match='numbers of classes'):
             LabelledImages(torch.zeros(3, 1, 2, 2), wrong, 'odd', 'train')

@@ -7,6 +7,7 @@ from __future__ import annotations # As many write it; annotations are then stri
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 import numpy as np
 import pytest
@@ -355,10 +356,12 @@ def test_classes_that_are_named_like_splits(tmp_path):
     with pytest.warns(UserWarning, match='39 more images are left out'):
         assert len(image_folder(tmp_path, 'train')) == 16
 
-def test_a_folder_named_like_a_data_set(tmp_path):
-    "It is not mistaken for that set when the network is evaluated"
+def test_a_folder_named_like_a_data_set(tmp_path, monkeypatch):
+    "It is not mistaken for that set: not its path, however short, nor the network's data later"
     save_images(tmp_path / 'mnist', 20)
-    assert find(tmp_path / 'mnist', 'train').name == 'mnist_images'
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / 'mnist', Path('mnist'), './mnist'):
+        assert find(path, 'train').name == 'mnist_images'
 
 def test_runs_differ_by_what_they_learn(tmp_path):
     "Levels, kind of data and task; runs from before these were written down go on"
@@ -374,8 +377,14 @@ def test_runs_differ_by_what_they_learn(tmp_path):
     grey.checksum = toy().checksum
     assert differences(run, describe(SMALL, grey, toy('valid'), QUICK, Task())) == [
         'data.levels 1 there, 2 here']
+    labelled = [LabelledImages(toy('valid').pixels, torch.arange(len(toy('valid'))) % n, 'toy',
+                               'valid', levels=1) for n in (2, 3)]
+    runs = [describe(SMALL, toy(), images, QUICK, Task()) for images in labelled]
+    [different] = differences(*runs)
+    assert different.startswith('data.valid_labels')
+    assert 'data.valid_kind Images there, LabelledImages here' in differences(run, runs[0])
     old = json.loads(json.dumps(run))
-    for name in ('levels', 'kind'): del old['data'][name]
+    for name in ('levels', 'kind', 'valid_levels', 'valid_kind'): del old['data'][name]
     del old['task']
     file = tmp_path / 'run.json'
     file.write_text(json.dumps(old), encoding='utf-8')

@@ -361,3 +361,23 @@ def test_cifar_zip(tmp_path):
     assert np.array_equal(images.pixels, pixels.transpose(0, 3, 1, 2))
     mean = images.mean().mean((1, 2))
     assert torch.allclose(mean, torch.tensor([0.4942, 0.4851, 0.4504]), atol=0.03)
+
+def test_training_and_testing(tmp_path):
+    "Folders of these names are splits too, as in copies of MNIST"
+    for i in range(20): save(tmp_path, f'Training/{i % 3}/{i}.png', value=i)
+    for i in range(5): save(tmp_path, f'Testing/{i % 3}/{i}.png', value=100 + i)
+    sets = {split: image_folder(tmp_path, split) for split in SPLITS}
+    assert [len(sets[split]) for split in SPLITS] == [18, 2, 5]
+    assert sets['test'].pixels.min() == 100 > sets['train'].pixels.max()
+
+
+def test_zip_with_backslashes(tmp_path):
+    "As old programs on Windows made them"
+    with zipfile.ZipFile(tmp_path/'w.zip', 'w') as archive:
+        for split, count in zip(SPLITS, (6, 2, 3)):
+            for i in range(count):
+                path = save(tmp_path, f'made/{split}{i}.png', value=20*i)
+                archive.write(path, f'mine\\{split}\\{i}.png')
+    for split, count in zip(SPLITS, (6, 2, 3)):
+        images = image_folder(tmp_path/'w.zip', split)
+        assert images.pixels[:, 0, 0, 0].tolist() == [20*i for i in range(count)]

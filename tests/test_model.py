@@ -1,4 +1,5 @@
 "Fresh networks, drawings and bounds: what the equations leave to us, against numbers written out"
+import json
 from dataclasses import replace
 import numpy as np
 import pytest
@@ -115,3 +116,28 @@ def test_importance_weighted_bound(rows, glimpses):
     assert [len(o) for o in weights] == [4, 4, 4]
     expected = np.log(4) - np.logaddexp.reduce(np.array(weights), 1)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+@pytest.mark.parametrize('mean', [torch.rand(5, 7), torch.rand(1, 5, 7), torch.tensor(0.5),
+                                  2 * torch.ones(3, 5, 7), torch.full((3, 5, 7), torch.nan)])
+def test_no_mean_image(mean):
+    "Another shape would be spread over channels or rows, and bytes would be taken for white"
+    with pytest.raises(ValueError): DRAW(SMALL).start_from(mean)
+
+def test_a_config_that_asks_for_much_more_than_there_is(tmp_path):
+    "Refused by the shapes in the file of weights, before any memory is taken"
+    DRAW(SMALL).save_pretrained(tmp_path)
+    file = tmp_path / 'config.json'
+    sizes = json.loads(file.read_text())
+    for wrong in (10**7, 2**30, 2**31, 10**400):
+        file.write_text(json.dumps({**sizes, 'hidden_size': wrong}))
+        with pytest.raises(ValueError) as caught: DRAW.from_pretrained(tmp_path)
+        assert '\n' not in str(caught.value) and len(str(caught.value)) < 500
+
+def test_weights_that_are_no_floats(tmp_path):
+    DRAW(SMALL).save_pretrained(tmp_path)
+    file, half = tmp_path / 'model.safetensors', load_file(tmp_path / 'model.safetensors')
+    save_file({name: value.half() for name, value in half.items()}, file)
+    DRAW.from_pretrained(tmp_path)
+    for kind in (torch.int8, torch.complex64):
+        save_file({name: value.to(kind) for name, value in half.items()}, file)
+        with pytest.raises(ValueError, match='is of type'): DRAW.from_pretrained(tmp_path)

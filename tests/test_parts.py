@@ -348,3 +348,21 @@ def test_compiled():
         total = bound(output, x, model.likelihood).total.sum()
         results.append([*output, *torch.autograd.grad(total, list(model.parameters()))])
     for a, b in zip(*results): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+class Palette(nn.Module):
+    "Colours that share a pixel, through axes counted from the front, as a convolution counts them"
+    def __init__(self, config): super().__init__()
+    def forward(self, canvas):
+        batch, channels, height, width = canvas.shape
+        return distributions.Normal(canvas.softmax(dim=1), 0.1, validate_args=False)
+    def canvas_of(self, mean): return mean.log()
+
+def test_likelihoods_see_four_axes():
+    "Pictures of whole drawings are those of each canvas"
+    model = DRAW(SMALL, likelihood=Palette)
+    canvases = model.generate(2, generator=torch.Generator().manual_seed(0)).canvases
+    pictures = model.images(canvases)
+    assert pictures.shape == canvases.shape
+    for canvas, picture in zip(canvases, pictures):
+        assert torch.equal(model.images(canvas), picture)
+    assert torch.equal(model.images(canvases[-1, 0]), pictures[-1, 0])

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
         )
     return folder
 
-def draw(folder, out, epochs, processes=2, **environment):
+def draw(folder, out, epochs, processes=2, start=('-c', START), **environment):
     "Start the command in a session of its own, as a shell would"
     line = (
         'train mnist --images mine --glimpses 2 --hidden-size 8 --latent-size 2 --read-size 1 '
@@ -36,7 +36,7 @@ def draw(folder, out, epochs, processes=2, **environment):
     )
     environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), **environment}
     return subprocess.Popen(
-        [sys.executable, '-c', START, *line.split()], cwd=folder, env=environment,
+        [sys.executable, *start, *line.split()], cwd=folder, env=environment,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True, preexec_fn=heed_interrupts,
     )
@@ -202,3 +202,11 @@ def test_shares_make_up_the_whole(count, tmp_path):
             assert process.returncode == 0 and said.endswith('the same\n'), said
     finally:
         for process in started: process.kill()
+
+def test_other_processes_import_what_the_first_does(folder, tmp_path):
+    "And nothing from the folder in which the command is called"
+    shutil.copytree(folder / 'mine', tmp_path / 'here/mine')
+    (tmp_path / 'here/typer.py').write_text('raise ImportError("a foreign file was run")')
+    (tmp_path / 'start.py').write_text(START)
+    code, said = end(draw(tmp_path / 'here', 'out', 1, start=[tmp_path / 'start.py']))
+    assert code == 0 and 'foreign' not in said

@@ -526,3 +526,26 @@ def test_extreme_windows(number, value):
     )
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8 * float(b.abs().max()))
+
+@pytest.mark.parametrize('which', ['forward_pass', 'backward_pass'])
+def test_a_pass_that_was_broken_off(which, nothing_kept, monkeypatch):
+    "Its workspaces are not used again: a worker may still be writing to them"
+    model, go_on, done = network(), threading.Event(), threading.Event()
+    learned(forward, model, *inputs(40))
+    assert len(scan.Lease.free) == 1
+    def slow(*arguments):
+        go_on.wait(20)
+        done.set()
+    def broken_off(function, jobs, count):
+        if function is not slow: return in_parallel(function, jobs, count)
+        scan.Workers.at_least(1).submit(slow)
+        raise KeyboardInterrupt
+    in_parallel = scan.in_parallel
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, which, slow)
+        patch.setattr(scan, 'in_parallel', broken_off)
+        with pytest.raises(KeyboardInterrupt): learned(forward, model, *inputs(40))
+    assert not scan.Lease.free and not done.is_set()
+    go_on.set()
+    learned(forward, model, *inputs(40))
+    assert len(scan.Lease.free) == 1

@@ -5,12 +5,13 @@ and starting again is cheap.
 The file is also a program: `test_training.py FOLDER` is the toy run that `torchrun` starts twice.
 """
 import errno, json, math, multiprocessing, os, pickle, random, resource, shutil, signal, socket
-import subprocess, sys, time
+import subprocess, sys, threading, time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+import psutil
 import pytest
 import torch
 from accelerate import PartialState
@@ -1165,3 +1166,23 @@ def test_learning(tmp_path):
 if __name__ == '__main__':
     child(Path(sys.argv[1]))
     sys.stdout.write(f'{PartialState().process_index}/{PartialState().num_processes}\n')
+
+def test_a_loss_after_every_glimpse_is_the_tasks(tmp_path):
+    "Options that the task does not heed are refused"
+    options = replace(OPTIONS, every_glimpse=True)
+    with pytest.raises(ValueError, match='every_glimpse is True in the options and False in Task'):
+        toy_train(tmp_path / 'run', options)
+    assert not (tmp_path / 'run').exists()
+
+def test_no_thread_is_left_behind(tmp_path):
+    "Nor an open file, whether the run ends or fails"
+    toy_train(tmp_path / 'first', replace(OPTIONS, epochs=1)) # starts what stays
+    before, files = threading.active_count(), psutil.Process().num_fds()
+    toy_train(tmp_path / 'whole', replace(OPTIONS, epochs=1))
+    with pytest.raises(InterruptedError): toy_train(tmp_path / 'cut', batches=2)
+    assert threading.active_count() == before and psutil.Process().num_fds() == files
+
+def test_a_folder_that_cannot_be_named(tmp_path):
+    with pytest.raises(ValueError, match='not UTF-8: choose another --out'):
+        toy_train(tmp_path / os.fsdecode(b'\xff'))
+    assert not list(tmp_path.iterdir())

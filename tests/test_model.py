@@ -128,9 +128,10 @@ def test_a_config_that_asks_for_much_more_than_there_is(tmp_path):
     DRAW(SMALL).save_pretrained(tmp_path)
     file = tmp_path / 'config.json'
     sizes = json.loads(file.read_text())
-    for wrong in (10**7, 2**30, 2**31, 10**400):
+    for wrong, said in ((500, 'has shape'), (10**7, 'has shape'), (2**30, 'too large'),
+                        (2**31, 'below 2'), (10**400, 'below 2')):
         file.write_text(json.dumps({**sizes, 'hidden_size': wrong}))
-        with pytest.raises(ValueError) as caught: DRAW.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=said) as caught: DRAW.from_pretrained(tmp_path)
         assert '\n' not in str(caught.value) and len(str(caught.value)) < 500
 
 def test_weights_that_are_no_floats(tmp_path):

@@ -161,6 +161,9 @@ def build_run(
     sizes = {name: value for name, value in sizes.items() if value is not None}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     config, usual = find_preset(preset, presets, **sizes), recipe(preset, kind)
+    windows = [name for name in sizes if name in ('read_size', 'write_size')]
+    if windows and not getattr(config, 'attention', True):
+        raise ValueError(f'{preset} has no windows: leave --{windows[0].replace("_", "-")} out')
     if 'clip_norm' in chosen: chosen['clip_norm'] = parse_limit(chosen['clip_norm'])
     if glimpses is not None:
         final, growth, total = parse_glimpses(glimpses, epochs)

@@ -392,3 +392,8 @@ def test_numbers_without_end(option, weights):
     with pytest.raises(ValueError) as caught:
         draw(f'train mnist --data mnist --out run --{option} 1{"0" * 400}')
     assert '\n' not in str(caught.value) and not (weights / 'run').exists()
+
+@pytest.mark.parametrize('option', ['read-size', 'write-size'])
+def test_windows_of_a_network_that_has_none(option, weights):
+    with pytest.raises(ValueError, match=f'has no windows: leave --{option} out'):
+        draw(f'train mnist_no_attention --data mnist --{option} 3')

@@ -181,7 +181,7 @@ def differences(
     free |= {name for name in here.keys() - there.keys() if name.startswith(('data.', 'task.'))}
     names = sorted(name for name in there.keys() | here.keys() if name not in free)
     return [f'{name} {str(there.get(name))[:99]} there, {here.get(name)} here'
-            for name in names if there.get(name) != here.get(name)]
+            for name in names if name not in here or there.get(name) != here.get(name)]
 
 # %% ../nbs/63_checkpoints.ipynb #7c574b0e
 def open_run(

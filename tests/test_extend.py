@@ -383,6 +383,9 @@ def test_runs_differ_by_what_they_learn(tmp_path):
     [different] = differences(*runs)
     assert different.startswith('data.valid_labels')
     assert 'data.valid_kind Images there, LabelledImages here' in differences(run, runs[0])
+    newer = json.loads(json.dumps(run))
+    newer['options']['of_tomorrow'] = None
+    assert differences(newer, run) == ['options.of_tomorrow None there, None here']
     old = json.loads(json.dumps(run))
     for name in ('levels', 'kind', 'valid_levels', 'valid_kind'): del old['data'][name]
     del old['task']

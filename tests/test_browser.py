@@ -187,8 +187,11 @@ def test_a_seed_that_is_none(bad, reader):
     seed.fill('5')
     reader.slide(place, 'Step', 'End')
     before = reader.pixels(place, 'The drawing')
+    def edge(): return seed.evaluate('e => getComputedStyle(e).borderColor')
+    usual = edge()
     seed.fill(bad)
     seed.press('Tab')
+    assert edge() != usual
     assert seed.evaluate('e => e.matches(":invalid") && e.validationMessage.length > 0')
     for key in ('ArrowLeft', 'ArrowRight'): reader.slide(place, 'Spread of z', key)
     assert (reader.pixels(place, 'The drawing') == before).all()

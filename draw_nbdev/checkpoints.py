@@ -140,8 +140,8 @@ def check_folder(
     """Raise `ValueError` if `out` holds something else, so that nobody's files are overwritten
 
     And where nothing can be written there, before the work instead of after it."""
-    with reraise_as(ValueError, f'{out} has characters that are not UTF-8: choose another --out',
-                    UnicodeEncodeError): str(out).encode()
+    unnamed = f'{out} has characters that are not UTF-8: choose another --out'
+    with reraise_as(ValueError, unnamed, UnicodeEncodeError): str(out).encode()
     there = [o for o in (out.absolute(), *out.absolute().parents) if o.exists()]
     begun = out.exists() or there and there[0].is_dir() and not out.is_symlink()
     if not begun or there[0].is_dir() and not os.access(there[0], os.W_OK):

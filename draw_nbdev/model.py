@@ -354,7 +354,7 @@ def check_weights(
         if 'overflow' not in str(error).lower(): return # a part that cannot be made without numbers
         raise RuntimeError('sizes too large for any memory') from None
     with safe_open(folder / 'model.safetensors', 'pt') as stored:
-        for name in made.keys() & stored.keys():
+        for name in [name for name in made if name in stored.keys()]: # in the network's order
             wanted, there = made[name], stored.get_slice(name)
             if there.get_shape() != list(wanted.shape):
                 raise RuntimeError(f'{name} has shape {there.get_shape()}, '

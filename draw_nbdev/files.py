@@ -37,6 +37,9 @@ def replacing(
         yield partial
         settle(partial)
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno and error.filename is None: error.filename = str(path) # as of a full disk
+        raise
     finally: partial.unlink(missing_ok=True)
 
 # %% ../nbs/80_files.ipynb #eaaadf7e

@@ -487,10 +487,11 @@ def generate_command(
     check_least(count=count, glimpses=glimpses)
     check_seed(seed)
     check_folder(out, 'generate.json')
-    if not issubclass(network_class(model), DRAW):
+    kind = network_class(model)
+    if not issubclass(kind, DRAW):
         raise ValueError(f'{model} is a classifier, which reads and does not draw: '
                          'give a DRAW network, or use draw evaluate')
-    network = DRAW.from_pretrained(model)
+    network = kind.from_pretrained(model)
     c, steps = network.config, glimpses or network.config.glimpses
     kept = c.channels * c.height * c.width + c.latent_size
     check_memory(f'{count} images in so many steps', 2 * count * (1 + steps) * kept)

@@ -44,6 +44,9 @@ class Images:
         levels: int | None = None, # The uint8 value that means 1.0, 1 for bits; 255 if None
     ):
         check_split(split)
+        if not isinstance(pixels, Tensor):
+            raise ValueError(f'{name}: pixels must be a tensor, not {type(pixels).__name__}: '
+                             'torch.as_tensor makes one')
         if pixels.dim() != 4 or pixels.numel() == 0:
             shape = tuple(pixels.shape)
             raise ValueError('images need the shape (count, channels, height, width) '

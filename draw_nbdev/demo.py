@@ -15,10 +15,10 @@ from pathlib import Path
 import matplotlib
 import torch
 from PIL import Image, ImageOps
-from .classifier import Convolutional, network_class
+from .classifier import Convolutional, DifferentiableRAM, network_class
 from .data import mnist
 from .files import reraise_as
-from .model import PRETRAINED, find_weights
+from .model import DRAW, PARTS, PRETRAINED, find_weights
 
 # %% ../nbs/41_demo.ipynb #b1a029f2
 TITLES = {
@@ -65,11 +65,16 @@ def copy_own(
 ) -> dict: # A row of models.json
     """Save a network beside the packaged ones
 
-    Raises `ValueError` for damaged weights and for a network without glimpses."""
+    Raises `ValueError` for damaged weights, and for a network that the page cannot compute."""
     kind = network_class(model)
     if kind is Convolutional:
         raise ValueError(f'{model} sees an image as a whole: there are no glimpses to show')
-    kind.from_pretrained(model).save_pretrained(weights / OWN)
+    network = kind.from_pretrained(model)
+    parts = any(getattr(network.config, f'{part}_part', None) for part in PARTS)
+    if kind not in (DRAW, DifferentiableRAM) or parts:
+        raise ValueError(f'{model} has parts of its own, and the page knows those of the paper: '
+                         'use draw generate')
+    network.save_pretrained(weights / OWN)
     folder = find_weights(model) # None on the Hub
     if folder and (folder / 'training.json').is_file():
         shutil.copy(folder / 'training.json', weights / OWN)

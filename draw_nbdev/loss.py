@@ -20,7 +20,7 @@ def reconstruction_loss(
     likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
 ) -> Tensor: # L^x in nats per image, shape (batch,)
     "Eq. 9: cross-entropy, summed over channels and pixels; `ValueError` for misfits and bytes"
-    pixels = likelihood and likelihood(canvas)
+    pixels = None if likelihood is None else likelihood(canvas)
     shape = pixels.batch_shape + pixels.event_shape if pixels else canvas.shape
     if shape != images.shape:
         raise ValueError(f'a canvas for images of shape {tuple(shape)} does not fit '

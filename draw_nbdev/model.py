@@ -225,6 +225,9 @@ def name_parts(
     **given: nn.Module | Callable | None, # Parts by their kinds
 ) -> DRAWConfig:
     "The configuration with the names of parts that are given, so that none is forgotten in a file"
+    if not isinstance(config, DRAWConfig):
+        raise ValueError(f'DRAW is made of a DRAWConfig, and not of {type(config).__name__}: '
+                         'preset(NAME) is one; DRAW.from_pretrained(NAME) has weights, too')
     names = {}
     for kind, part in given.items():
         if part is None: continue
@@ -238,6 +241,27 @@ def name_parts(
                              'for this one: give yours a name of its own')
         names[f'{kind}_part'] = name
     return replace(config, **names)
+
+# %% ../nbs/14_model.ipynb #8119a7fb
+def check_remade(
+    model: nn.Module, # A `DRAW`
+) -> None:
+    "Raise `ValueError` for a part that its name and the configuration would make otherwise"
+    for kind in ('read', 'write', 'likelihood'): # a cell is always made by its factory
+        part, name = getattr(model, kind), getattr(model.config, f'{kind}_part')
+        factory = PARTS[kind].get(name, type(part))
+        if factory is not type(part) or name is None: continue # a function knows what it makes
+        try: again = factory(model.config)
+        except TypeError: continue # it wants more, so loading will be given the part itself
+        for (place, one), other in zip(part.named_modules(), again.modules()):
+            for setting, value in vars(one).items():
+                usual = vars(other).get(setting, value)
+                if isinstance(value, (bool, int, float, str)) and setting != 'training' \
+                        and value != usual and not setting.startswith('_'):
+                    raise ValueError(
+                        f'{name} has {".".join(filter(None, (place, setting)))} = {value!r}, and '
+                        f'loading would make it with {usual!r}: enter a function that makes yours '
+                        f'in PARTS[{kind!r}], and give its name')
 
 # %% ../nbs/14_model.ipynb #b5a650e9
 class DRAWOutput(NamedTuple):
@@ -296,6 +320,15 @@ def fitting(
         raise ValueError(f'the write part gives an update of shape {tuple(update.shape)} to a '
                          f'canvas of shape {tuple(canvas.shape)}')
     return update
+
+# %% ../nbs/14_model.ipynb #0eb35fb0
+def fields_of(
+    window: Window | None, # From a read or write part
+) -> Window | None: # The same
+    "Raise `ValueError` for what cannot be kept step by step"
+    if window is None or hasattr(window, '_fields'): return window
+    raise ValueError('the second thing that a part returns is its window, a NamedTuple of tensors '
+                     f'of shape (batch,), or None, and not {type(window).__name__}')
 
 # %% ../nbs/14_model.ipynb #7fd9d16a
 PRETRAINED = Path(str(files('draw_nbdev') / 'pretrained')) # A folder for each packaged name
@@ -489,7 +522,8 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
             decoder = self.decoder(latent, decoder)
             update, write_window = self.write(decoder[0])
             canvas = canvas + fitting(update, canvas)
-            yield Step(mean, log_deviation, latent, canvas, read_window, write_window)
+            windows = fields_of(read_window), fields_of(write_window)
+            yield Step(mean, log_deviation, latent, canvas, *windows)
 
     def forward(self,
         images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
@@ -549,16 +583,17 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
             decoder = self.decoder(latent, decoder)
             update, window = self.write(decoder[0])
             canvases.append(canvases[-1] + fitting(update, canvas))
-            windows.append(window)
+            windows.append(fields_of(window))
         return Drawing(torch.stack(canvases), stack_windows(windows))
 
     @torch.no_grad()
     def images(self,
         canvases: Tensor, # c_t, shape (..., channels, height, width)
-    ) -> Tensor: # In 0..1, the same shape
+    ) -> Tensor: # In 0..1, the same shape, or with the channels that the likelihood gives
         "The mean of p(x | c), to be looked at: sigma(c) unless the network has another likelihood"
         each = canvases.reshape(-1, *canvases.shape[-3:]) # what a likelihood expects
-        return self.likelihood(each).mean.clamp(0, 1).reshape(canvases.shape)
+        pixels = self.likelihood(each).mean.clamp(0, 1) # of as many channels as images have
+        return pixels.reshape(*canvases.shape[:-3], *pixels.shape[1:])
 
     def initial_states(self,
         count: int, # Images in the batch
@@ -619,6 +654,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
             raise ValueError(f'{exchanged[0]} was exchanged after the network had been made, which '
                              'config.json cannot say: hand the part to the constructor, or make a '
                              'subclass whose __init__ exchanges it')
+        if type(self) is DRAW: check_remade(self)
         for kind in PARTS:
             name = getattr(self.config, f'{kind}_part')
             if name in NAMELESS:

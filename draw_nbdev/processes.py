@@ -9,6 +9,7 @@ __all__ = ['process_count', 'leads', 'in_shares', 'processes']
 import os, signal, socket, subprocess, sys, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import PurePath
 from typing import IO
 
 # %% ../nbs/64_processes.ipynb #cc00dc58
@@ -18,6 +19,11 @@ LEAST = 16 # Images of a batch in each process
 def launched() -> bool:
     "Is this one of several processes, started by the first or by a launcher?"
     return {'RANK', 'WORLD_SIZE'} <= os.environ.keys()
+
+# %% ../nbs/64_processes.ipynb #1f1f04d9
+def own_script() -> bool:
+    "Has another script than `draw` called `main`? Other processes would not have what it entered"
+    return PurePath(sys.argv[0]).stem != 'draw'
 
 # %% ../nbs/64_processes.ipynb #e4151084
 def process_count(
@@ -39,7 +45,7 @@ def process_count(
             raise ValueError(f'{asked} processes need as many GPUs, and here are {gpus}: leave '
                              '--processes out, or hide the GPUs with CUDA_VISIBLE_DEVICES=')
         return asked
-    if torch.accelerator.is_available(): return 1
+    if torch.accelerator.is_available() or own_script(): return 1
     counts = range(2, min(torch.get_num_threads(), batch_size // LEAST) + 1)
     return max([1, *(count for count in counts if batch_size % count == 0)])
 

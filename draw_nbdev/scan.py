@@ -335,14 +335,15 @@ def make_grid(
 ) -> Grid:
     "Limits of u, the linear map from u to all mu and -k, the pixels"
     count = s.read + s.write
-    M = torch.zeros(8, 4, count) # u -> mu_Y, mu_X, -k, -k of the filters of both windows
+    # u -> mu_Y, mu_X, -k, -k of the filters of both windows
+    M = torch.zeros(8, 4, count, device='cpu')
     windows = (slice(s.read), 0, 4, s.read), (slice(s.read, count), 2, 6, s.write)
     for filters, g, k, N in windows: # where g and k begin in u
         M[g + 1, 0, filters] = M[g, 1, filters] = 1
-        M[k + 1, :2, filters] = torch.arange(N) - (N - 1) / 2
+        M[k + 1, :2, filters] = torch.arange(N, device='cpu') - (N - 1) / 2
         M[k, 2:, filters] = -1
-    back = M * torch.tensor([-2., -2., 1., 1.])[:, None]
-    pixels = [torch.arange(1, length + 1).to(like) for length in s.lengths]
+    back = M * torch.tensor([-2., -2., 1., 1.], device='cpu')[:, None]
+    pixels = [torch.arange(1, length + 1, device=like.device).to(like) for length in s.lengths]
     return Grid(*window_limits(s, like.dtype, like.device), M.flatten(1).to(like),
                 back.flatten(1).t().to(like).contiguous(), pixels)
 
@@ -756,6 +757,7 @@ def fits(
     That asks for known parts, float32 or float64, no gradient wanted of the noise, and no mixed
     precision but from float32 to bfloat16."""
     if watched() or noise.numel() == 0 or noise.requires_grad: return False
+    if images.is_meta: return False # there is nothing to compute
     if not {type(images), type(noise)} <= {Tensor, nn.Parameter}: return False
     dtypes = {None: (torch.float32, torch.float64), torch.bfloat16: (torch.float32,)}
     known = dtypes.get(autocast_dtype(images), ())

@@ -9,23 +9,25 @@ __all__ = ['update_average', 'generator_for', 'Task', 'choose_precision', 'machi
 import os, platform, tempfile, warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from functools import lru_cache
 from math import inf, isfinite
-from pathlib import Path
+from pathlib import Path, PurePath
 from time import perf_counter, process_time
 import json
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 from . import __version__
-from .checkpoints import (Log, add_segment, check_epochs, keep_metrics, load_state,
-                                    open_run, save_state, save_weights, states, take_lock)
+from .checkpoints import (Log, add_segment, check_epochs, differences, keep_metrics,
+                                    load_state, open_run, save_state, save_weights, states,
+                                    take_lock)
 from .data import Images, check_images
 from .compiled import can_compile
 from .evaluation import evaluate
@@ -92,7 +94,8 @@ class Task:
     ) -> list[torch.optim.Optimizer]:
         "Adam, or Muon and Adam; the run's schedule scales the rates that they are made with"
         cells = [cell for cell in (model.encoder, model.decoder) if isinstance(cell, LSTMCell)]
-        stacks = [*((cell.gates.weight, 4) for cell in cells), (model.posterior.weight, 2)]
+        layers = [*((cell.gates, 4) for cell in cells), (model.posterior, 2)]
+        stacks = [(layer.weight, parts) for layer, parts in layers if isinstance(layer, nn.Linear)]
         o = options
         return make_optimizers(model, stacks, o.optimizer, o.learning_rate, o.weight_decay)
 
@@ -188,6 +191,24 @@ def machine(
             break # all cores have one
     return {'hardware': f'{name}, {os.cpu_count()} cores', 'software': software}
 
+# %% ../nbs/22_training.ipynb #cc51cea0
+TAKEN = ('step', 'epoch', 'split', 'glimpses', 'seconds', 'cpu_seconds', 'images_per_s',
+         'gradient_norm', 'learning_rate') # What every row of metrics may have
+
+def check_shown(
+    values: dict, # What a task wants to have logged
+    kinds: tuple[type, ...], # What they may be
+    method: str, # Where they come from
+    *taken: str, # More names that are taken
+) -> None:
+    "Raise `ValueError` for what would not fit into a row of metrics, before it is due"
+    for name, value in values.items():
+        if name in TAKEN or name in taken:
+            raise ValueError(f'{method} shows {name!r}, which a row has already: rename it')
+        if not isinstance(value, kinds):
+            raise ValueError(f'{method} shows {name!r} as {type(value).__name__}: '
+                             f'make it {" or ".join(kind.__name__ for kind in kinds)}')
+
 # %% ../nbs/22_training.ipynb #def5a6fc
 class Record:
     "What a run in progress measures and writes; all processes call it, the main one writes"
@@ -263,6 +284,9 @@ class Record:
         done, progress = self.progress['step'], self.progress
         model, limit = self.averaged.module, self.options.valid_images
         result = task.validate(model, valid_set, glimpses, limit)
+        result = {name: value.tolist() if hasattr(value, 'tolist') else value
+                  for name, value in result.items()}
+        check_shown(result, PLAIN, f'{type(task).__name__}.validate')
         score = result.get(task.score)
         if not (isinstance(score, (int, float)) and isfinite(score)):
             raise ValueError(f'validation gave {task.score} = {score!r}, and weights are chosen '
@@ -291,6 +315,10 @@ def check_run(
     task: Task, # What to learn
 ) -> None:
     "Raise `ValueError` for what cannot be run"
+    if isinstance(task, type):
+        raise ValueError(f'give a task, {task.__name__}(), and not its class')
+    if not isinstance(options, TrainOptions):
+        raise ValueError(f'options must be a TrainOptions, and not {type(options).__name__}')
     for data in (train_set, valid_set): check_images(data)
     if 'test' in (train_set.split, valid_set.split):
         raise ValueError('the test set is neither for training nor for choosing: '
@@ -339,18 +367,46 @@ def check_loading(
 # %% ../nbs/22_training.ipynb #89765115
 PLAIN = bool, int, float, str, type(None), tuple, list, dict # What a setting may be
 
+
+# %% ../nbs/22_training.ipynb #617e9772
+def as_plain(
+    value, # An attribute of a task
+): # Something of `PLAIN` if it is data, else the attribute
+    "What run.json can keep of it: of arrays and tensors with many numbers their checksum"
+    if isinstance(value, (np.ndarray, np.generic, Tensor)):
+        numbers = torch.as_tensor(value).detach().double().cpu()
+        return numbers.item() if numbers.ndim == 0 else md5(numbers.numpy().tobytes())
+    if is_dataclass(value) and not isinstance(value, type): return asdict(value)
+    if isinstance(value, (set, frozenset)): return sorted(value, key=repr)
+    return str(value) if isinstance(value, PurePath) else value
+
+# %% ../nbs/22_training.ipynb #65e97eab
 def settings(
     task: Task, # Of the run
 ) -> dict: # For run.json; `kind` and `network` are names of classes
     "What a task keeps as attributes, its own or its classes', under names without underscore"
     found = {}
     for place in (*reversed(type(task).__mro__), task): found |= vars(place)
-    plain = {name: value for name, value in found.items()
-             if isinstance(value, PLAIN) and not name.startswith('_')}
+    found = {name: as_plain(value) for name, value in found.items() if not name.startswith('_')}
+    plain = {name: value for name, value in found.items() if isinstance(value, PLAIN)}
     with reraise_as(ValueError, f'what {type(task).__name__} keeps cannot be written to run.json: '
                     'give it a name that begins with an underscore', TypeError, ValueError):
         json.dumps(plain)
     return {**plain, 'kind': type(task).__name__, 'network': task.network.__name__}
+
+# %% ../nbs/22_training.ipynb #7d4ea4fb
+def check_agreement(
+    description: dict, # Of the run, as this process sees it
+    accelerator: Accelerator, # Of this process
+) -> None:
+    "Raise `ValueError` where the processes of a run would train different things"
+    if accelerator.num_processes == 1: return
+    first, *others = gather_object([description])
+    for rank, other in enumerate(others, start=1):
+        for difference in differences(first, other)[:1]:
+            told = difference.replace(' there, ', ' in the first, ').removesuffix(' here')
+            raise ValueError(f'processes of one run differ ({told} in process {rank + 1}): what a '
+                             'script enters, every process has to enter; --processes 1 needs none')
 
 # %% ../nbs/22_training.ipynb #999e1049
 def describe(
@@ -396,18 +452,26 @@ def train(
     options = replace(options, precision=choose_precision(options.precision))
     out, accelerator = Path(out), start_accelerator(options)
     description = describe(config, train_set, valid_set, options, task)
+    check_agreement(description, accelerator)
     before = open_run(out, description)
     accelerator.wait_for_everyone() # nobody writes before everybody has looked
     with take_lock(out, accelerator), ExitStack() as at_the_end:
+        gpus = [accelerator.device] if accelerator.device.type == 'cuda' else []
+        at_the_end.enter_context(torch.random.fork_rng(gpus)) # given back to the caller as it was
         torch.manual_seed(options.seed)
         model = task.start(config, train_set)
+        if not model.training: model.train() # as `from_pretrained` leaves it
         check_start(model, config)
         check_loading(model, task.network)
         model = model.to(accelerator.device)
         if can_compile(accelerator.device) and getattr(model, 'scan', None) == 'fused':
             model.scan = 'compiled'
         averaged = AveragedModel(model).eval() # what is validated and kept
-        model, *optimizers = accelerator.prepare(model, *task.optimizers(model, options))
+        optimizers = task.optimizers(model, options)
+        if not isinstance(optimizers, (list, tuple)):
+            raise ValueError(f'{type(task).__name__}.optimizers is to return a list of optimisers, '
+                             f'and not {type(optimizers).__name__}')
+        model, *optimizers = accelerator.prepare(model, *optimizers)
         shares = [[group['lr'] / options.learning_rate for group in optimizer.param_groups]
                   for optimizer in optimizers]
         progress = load_state(accelerator, averaged, out) or dict(NOTHING_DONE)
@@ -430,6 +494,7 @@ def train(
         def learn(batch, T, weights):
             batch = [part.to(accelerator.device) for part in batch]
             loss, values = task.loss(model, batch, T, **weights)
+            check_shown(values, (Tensor,), f'{type(task).__name__}.loss', *weights)
             model.zero_grad()
             accelerator.backward(loss)
             return {name: value.detach() for name, value in values.items()}
@@ -449,7 +514,7 @@ def train(
 
             done, epoch_ends = step + 1, place + 1 == per_epoch
             if done % options.log_every == 0 or done == total:
-                rate = optimizers[-1].param_groups[0]['lr'] # the real one
+                rate = float(optimizers[-1].param_groups[0]['lr']) # the real one
                 record.write_update(done, epoch, T, values, **weights, gradient_norm=norm.item(),
                                     learning_rate=rate)
             if epoch_ends or done % options.save_every == 0:
@@ -458,7 +523,7 @@ def train(
                 record.save()
         accelerator.wait_for_everyone()
         accelerator.free_memory()
-    return task.network.from_pretrained(out / 'best')
+    with torch.random.fork_rng([]): return task.network.from_pretrained(out / 'best')
 
 # %% ../nbs/22_training.ipynb #a43bf035
 NOTHING_DONE = {'step': 0, 'best': None, 'best_glimpses': 0, 'seconds': 0, 'cpu_seconds': 0}

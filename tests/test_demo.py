@@ -3,10 +3,11 @@ import json, threading
 from urllib.request import urlopen
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from draw_nbdev.data import mnist
 from draw_nbdev.demo import live_files, make_server
-from draw_nbdev.model import DRAW, DRAWConfig
+from draw_nbdev.model import DRAW, PARTS, DRAWConfig
 
 @pytest.fixture(scope='module')
 def page(tmp_path_factory):
@@ -58,3 +59,17 @@ def test_server(page):
     finally:
         server.shutdown()
         server.server_close()
+
+class Other(torch.nn.Module):
+    "A likelihood without weights, which a file of weights does not betray"
+    def __init__(self, config): super().__init__()
+    def forward(self, canvas): return torch.distributions.Normal(canvas, 1.)
+    def canvas_of(self, mean): return mean
+
+def test_own_network_with_other_parts(tmp_path, monkeypatch):
+    "The page would show it as if it had those of the paper"
+    monkeypatch.setitem(PARTS['likelihood'], 'other', Other)
+    config = DRAWConfig(glimpses=2, hidden_size=4, likelihood_part='other')
+    DRAW(config).save_pretrained(tmp_path / 'own')
+    with pytest.raises(ValueError, match='has parts of its own, and the page knows those of'):
+        live_files(tmp_path / 'page', tmp_path / 'own')

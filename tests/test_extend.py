@@ -26,7 +26,7 @@ from draw_nbdev.digits import LabelledImages
 from draw_nbdev.evaluation import evaluate, evaluating, nearest_images
 from draw_nbdev.images import image_folder
 from draw_nbdev.loss import bound, importance_weighted_bound, reconstruction_loss
-from draw_nbdev.model import DRAW, Bernoulli, DRAWConfig, find_weights
+from draw_nbdev.model import DRAW, PARTS, Bernoulli, DRAWConfig, find_weights
 from draw_nbdev.options import TrainOptions, learning_rate
 from draw_nbdev.plots import learning_curves
 from draw_nbdev.training import Task, check_loading, describe, train, update_average
@@ -458,7 +458,7 @@ def test_rates_of_groups_keep_their_ratio(tmp_path):
         *(learning_rate(options, step, 4) for step in (2, 3)))]
     np.testing.assert_allclose([rate for _, rate in seen], expected)
 
-@pytest.mark.parametrize('value', [float('nan'), None, 'low', torch.tensor(1.)])
+@pytest.mark.parametrize('value', [float('nan'), None, 'low', torch.tensor(float('nan'))])
 def test_validation_that_gives_no_number(value, tmp_path):
     "One line, and no weights that were chosen by it"
     class Wrong(Task):
@@ -609,3 +609,180 @@ def test_export_with_any_number_of_images():
     images, noise = torch.rand(9, 2, 5, 7), torch.randn(3, 9, 3)
     got, expected = program.module()(images, noise), model(images, noise)
     torch.testing.assert_close(tuple(got), tuple(expected))
+
+# Parts, tasks and data that nobody had foreseen
+
+class Scaled(nn.Module):
+    "A likelihood with a setting that the configuration does not have"
+    def __init__(self, config, deviation=1., drop=0.1):
+        super().__init__()
+        self.deviation, self.drop = deviation, nn.Dropout(drop)
+
+    def forward(self, canvas):
+        return distributions.Normal(self.drop(canvas), self.deviation, validate_args=False)
+
+    def canvas_of(self, mean): return mean
+
+@pytest.mark.parametrize('setting, told', [
+    (dict(deviation=0.3), 'deviation = 0.3, and loading would make it with 1.0'),
+    (dict(drop=0.5), 'drop.p = 0.5, and loading would make it with 0.1')])
+def test_settings_of_a_part_that_loading_would_forget(setting, told, tmp_path, monkeypatch):
+    "Refused when it is saved; a function that makes the part keeps them"
+    with pytest.raises(ValueError, match=told):
+        DRAW(SMALL, likelihood=Scaled(SMALL, **setting)).save_pretrained(tmp_path)
+    assert not (tmp_path / 'model.safetensors').exists()
+    DRAW(SMALL, likelihood=Scaled(SMALL)).save_pretrained(tmp_path / 'usual')
+    monkeypatch.setitem(PARTS['likelihood'], 'mine', lambda config: Scaled(config, **setting))
+    DRAW(replace(SMALL, likelihood_part='mine')).save_pretrained(tmp_path / 'mine')
+    again = DRAW.from_pretrained(tmp_path / 'mine').likelihood
+    expected = Scaled(SMALL, **setting)
+    assert (again.deviation, again.drop.p) == (expected.deviation, expected.drop.p)
+
+def test_training_goes_on_from_weights_in_training_mode(tmp_path):
+    "`from_pretrained` gives a network in evaluation mode, in which dropout does nothing"
+    DRAW(SMALL, likelihood=Scaled).save_pretrained(tmp_path / 'first')
+    modes = []
+    class Fine(Task):
+        def start(self, config, train_set):
+            return DRAW.from_pretrained(tmp_path / 'first', likelihood=Scaled)
+        def loss(self, model, *more, **weights):
+            modes.append((model.training, model.likelihood.drop.training))
+            return super().loss(model, *more, **weights)
+    named = replace(SMALL, likelihood_part='Scaled')
+    PARTS['likelihood']['Scaled'] = Scaled
+    try: train(named, toy(), toy('valid'), tmp_path / 'second', QUICK, Fine())
+    finally: del PARTS['likelihood']['Scaled']
+    assert modes and set(modes) == {(True, True)}
+
+def test_training_leaves_the_random_numbers_of_its_caller(tmp_path):
+    "A random search would try the same thing again and again"
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    drawn = []
+    for name in 'abc':
+        drawn.append(torch.rand(()))
+        train(SMALL, toy(), toy('valid'), tmp_path / name, QUICK)
+    torch.testing.assert_close(torch.stack(drawn), expected)
+
+@dataclass
+class Pair:
+    low: float = 0.
+
+@pytest.mark.parametrize('one, other', [
+    (np.float32(1), np.float32(4)), (np.int64(1), np.int64(2)), (np.zeros(3), np.ones(3)),
+    (torch.tensor(1.), torch.tensor(2.)), (torch.zeros(2, 2), torch.zeros(4)[:2].repeat(2) + 1),
+    ({'a'}, {'a', 'b'}), (Path('a'), Path('b')), (Pair(), Pair(1.))],
+    ids=['float32', 'int64', 'array', 'number', 'tensor', 'set', 'path', 'dataclass'])
+def test_settings_of_every_kind_of_data(one, other):
+    "A run does not go on with another setting, whatever holds it"
+    def said(value):
+        task = Task()
+        task.setting = value
+        return describe(SMALL, toy(), toy('valid'), QUICK, task)
+    assert differences(said(one), said(other)) and not differences(said(one), said(one))
+
+def test_layers_that_are_none(tmp_path):
+    "What is no linear layer learns by Adam"
+    class Deep(DRAW):
+        def __init__(self, config: DRAWConfig):
+            super().__init__(config)
+            self.posterior = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 6))
+            gates = self.encoder.gates
+            self.encoder.gates = nn.Sequential(nn.Linear(gates.in_features, 32), nn.Identity())
+    class Deeper(Task): network = Deep
+    for name in ('adam', 'muon'):
+        options = replace(QUICK, optimizer=name)
+        assert type(train(SMALL, toy(), toy('valid'), tmp_path / name, options, Deeper())) is Deep
+
+def of_loss(shown):
+    class Wrong(Task):
+        def loss(self, *given, **weights): return super().loss(*given, **weights)[0], shown
+    return Wrong()
+
+def of_validation(**shown):
+    class Wrong(Task):
+        def validate(self, *given): return super().validate(*given) | shown
+    return Wrong()
+
+def of_optimizers():
+    class Wrong(Task):
+        def optimizers(self, model, options): return torch.optim.Adam(model.parameters())
+    return Wrong()
+
+@pytest.mark.parametrize('task, told', [
+    (of_loss({'cost': 3.}), "Wrong.loss shows 'cost' as float: make it Tensor"),
+    (of_loss({'step': torch.zeros(4)}), "Wrong.loss shows 'step', which a row has already"),
+    (of_loss({'kl_weight': torch.zeros(4)}), "Wrong.loss shows 'kl_weight', which a row has"),
+    (of_validation(seconds=3.), "Wrong.validate shows 'seconds', which a row has already"),
+    (of_validation(picture=object()), "Wrong.validate shows 'picture' as object"),
+    (of_optimizers(), 'Wrong.optimizers is to return a list of optimisers, and not Adam'),
+    (Task, r'give a task, Task\(\), and not its class')])
+def test_tasks_that_give_what_a_run_cannot_use(task, told, tmp_path):
+    "One line that names the method"
+    with pytest.raises(ValueError, match=told):
+        train(SMALL, toy(), toy('valid'), tmp_path, QUICK, task)
+
+def test_options_that_are_a_dictionary(tmp_path):
+    with pytest.raises(ValueError, match='must be a TrainOptions, and not dict'):
+        train(SMALL, toy(), toy('valid'), tmp_path, {'epochs': 1})
+
+def test_validation_may_give_tensors(tmp_path):
+    "They are written as numbers"
+    task = of_validation(extra=torch.tensor(2.5), more=torch.arange(3), mean=np.float32(0.5))
+    train(SMALL, toy(), toy('valid'), tmp_path, QUICK, task)
+    row, = (row for row in read_metrics(tmp_path) if row['split'] == 'valid')
+    assert (row['extra'], row['more'], row['mean']) == (2.5, [0, 1, 2], 0.5)
+
+class Both(nn.Sequential):
+    "A likelihood without layers, which Python takes for false"
+    def __init__(self, config): super().__init__()
+    def forward(self, canvas): return distributions.Normal(canvas, 0.1, validate_args=False)
+    def canvas_of(self, mean): return mean
+
+def test_a_likelihood_that_is_empty():
+    images, canvas = toy().batch(range(3)), torch.rand(3, 2, 5, 7)
+    expected = -distributions.Normal(canvas, 0.1).log_prob(images).flatten(1).sum(1)
+    torch.testing.assert_close(reconstruction_loss(canvas, images, Both(SMALL)), expected)
+
+class Beta(nn.Module):
+    "Two channels of canvas for each of the images"
+    def __init__(self, config): super().__init__()
+    def forward(self, canvas):
+        mean, total = canvas[:, :2].sigmoid(), canvas[:, 2:].exp() + 2
+        return distributions.Beta(mean * total, (1 - mean) * total, validate_args=False)
+
+def test_images_of_a_canvas_with_more_channels():
+    "The pictures have as many as the data"
+    model = DRAW(SMALL, likelihood=Beta)
+    canvases = torch.randn(3, 5, 4, 5, 7)
+    pictures = model.images(canvases)
+    assert pictures.shape == (3, 5, 2, 5, 7)
+    torch.testing.assert_close(pictures, canvases[:, :, :2].sigmoid())
+
+@pytest.mark.parametrize('window', [torch.zeros(4, 3), {'x': torch.zeros(4)}, 'window'])
+def test_a_window_that_is_no_named_tuple(window):
+    "Found in the first pass, not when pictures are made after the training"
+    class Odd(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.read = model_module.attentive_read(config)
+            self.features = self.read.features
+        def forward(self, *given): return self.read(*given)[0], window
+    model = DRAW(SMALL, read=Odd)
+    with pytest.raises(ValueError, match=f'a NamedTuple .* not {type(window).__name__}'):
+        model(torch.rand(4, 2, 5, 7))
+
+def test_devices_without_numbers():
+    "`meta` tells shapes, of a network and within a context, without disturbing another"
+    images = torch.rand(4, 2, 5, 7)
+    assert DRAW(SMALL).to('meta')(images.to('meta')).canvas.shape == images.shape
+    model, noise = DRAW(replace(SMALL, height=6)), torch.randn(3, 4, 3)
+    images = torch.rand(4, 2, 6, 7)
+    with torch.device('meta'): canvas = model(images, noise).canvas
+    torch.testing.assert_close(canvas, model(images, noise).canvas)
+
+def test_names_and_arrays_in_the_place_of_others():
+    with pytest.raises(ValueError, match=r'not of str: preset\(NAME\) is one'): DRAW('mnist')
+    with pytest.raises(ValueError, match='must be a tensor, not ndarray: torch.as_tensor'):
+        Images(np.zeros((3, 1, 4, 4)), 'toy', 'train')

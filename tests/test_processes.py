@@ -136,6 +136,31 @@ def test_errors_come_once(folder, whole):
     assert code == 2 and 'leave --processes out' in said
     assert sorted(folder.rglob('*')) == before
 
+OWN = """
+import os
+from dataclasses import replace
+from torch import distributions, nn
+from draw_nbdev.model import PARTS, PRESETS
+class Unit(nn.Module):
+    def __init__(self, config): super().__init__()
+    def forward(self, canvas): return distributions.Normal(canvas, 0.3, validate_args=False)
+    def canvas_of(self, mean): return mean
+PARTS['likelihood']['unit'] = Unit
+PRESETS['mnist'] = replace(PRESETS['mnist'], likelihood_part='unit')
+"""
+
+def test_a_script_that_enters_a_part(folder):
+    "The other process would not have it, and would train something else without a word"
+    (folder / 'mine.py').write_text(f'{OWN}\n{START}\n')
+    code, said = end(draw(folder, 'own', 2, start=('mine.py',)))
+    assert code == 2 and 'Traceback' not in said
+    assert re.search(r'draw: processes of one run differ \(config.likelihood_part unit in the '
+                     r'first, None in process 2\): .* --processes 1', said.splitlines()[-1])
+    assert not (folder / 'own').exists()
+    code, said = end(draw(folder, 'own', 2, processes=1, start=('mine.py',)))
+    assert code == 0 and json.loads((folder / 'own/run.json').read_text())['config'][
+        'likelihood_part'] == 'unit'
+
 SHARED = """
 import torch
 from torch import distributed, nn

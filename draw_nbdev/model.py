@@ -599,6 +599,9 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         count: int, # Images in the batch
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: # c_0, states of both cells
         "Learned biases, the same for every image; a state is output and memory of its cell"
+        if self.initial_canvas.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f'parameters in {self.initial_canvas.dtype} are too coarse for the '
+                             'windows: keep the network in float32 and use torch.autocast')
         states = []
         for state in (self.initial_encoder, self.initial_decoder):
             states.append(tuple(state[:, None].expand(-1, count, -1).unbind()))
@@ -623,12 +626,10 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         glimpses: int | None, # Steps; the configuration's if None
     ) -> Tensor: # Standard normal, shape (glimpses, batch, latent_size)
         "Noise that fits the images, once both fit this network; raises `ValueError` if not"
-        c, dtype = self.config, self.initial_canvas.dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f'parameters in {dtype} are too coarse for the windows: '
-                             'keep the network in float32 and use torch.autocast')
+        c = self.config
         check_batch(images, c)
         shape = self.check_glimpses(glimpses), images.shape[0], c.latent_size
+        dtype = self.initial_canvas.dtype
         if noise is None: return torch.randn(shape, dtype=dtype, device=images.device)
         steps = shape[0] if glimpses is not None else 'glimpses'
         wrong = noise.ndim != 3 or noise.shape[0] < 1 or noise.shape[1:] != shape[1:]

@@ -492,16 +492,17 @@ def test_images_of_any_dtype(config, kind):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_networks_in_half_precision(dtype):
-    "Refused in one line by both scans"
+    "Refused in one line by both scans, and where images are drawn"
     for name in ('fused', 'reference'):
         model = network(dtype=dtype, scan=name)
-        for call in (model, model.reconstruct):
+        given = inputs(dtype=dtype)
+        for call in (lambda: model(*given), lambda: model.reconstruct(*given), model.generate):
             with pytest.raises(
                 ValueError,
                 match=f'^parameters in {dtype} are too coarse for the windows: '
                 'keep the network in float32 and use torch.autocast$',
             ):
-                call(*inputs(dtype=dtype))
+                call()
 
 @pytest.mark.parametrize('value', [-200., -104., 104., 200.])
 @pytest.mark.parametrize('number', range(5))

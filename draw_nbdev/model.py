@@ -251,7 +251,8 @@ def check_remade(
         part, name = getattr(model, kind), getattr(model.config, f'{kind}_part')
         factory = PARTS[kind].get(name, type(part))
         if factory is not type(part) or name is None: continue # a function knows what it makes
-        try: again = factory(model.config)
+        try:
+            with torch.random.fork_rng([]): again = factory(model.config)
         except TypeError: continue # it wants more, so loading will be given the part itself
         for (place, one), other in zip(part.named_modules(), again.modules()):
             for setting, value in vars(one).items():
@@ -261,7 +262,8 @@ def check_remade(
                     raise ValueError(
                         f'{name} has {".".join(filter(None, (place, setting)))} = {value!r}, and '
                         f'loading would make it with {usual!r}: enter a function that makes yours '
-                        f'in PARTS[{kind!r}], and give its name')
+                        f'in PARTS[{kind!r}], and give its name; what changes with time belongs '
+                        'in a buffer')
 
 # %% ../nbs/14_model.ipynb #b5a650e9
 class DRAWOutput(NamedTuple):

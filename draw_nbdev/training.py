@@ -373,6 +373,7 @@ def as_plain(
     value, # An attribute of a task
 ): # Something of `PLAIN` if it is data, else the attribute
     "What run.json can keep of it: of arrays and tensors with many numbers their checksum"
+    if isinstance(value, PLAIN): return value
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
         numbers = torch.as_tensor(value).detach().double().cpu()
         return numbers.item() if numbers.ndim == 0 else md5(numbers.numpy().tobytes())
@@ -387,10 +388,10 @@ def settings(
     "What a task keeps as attributes, its own or its classes', under names without underscore"
     found = {}
     for place in (*reversed(type(task).__mro__), task): found |= vars(place)
-    found = {name: as_plain(value) for name, value in found.items() if not name.startswith('_')}
-    plain = {name: value for name, value in found.items() if isinstance(value, PLAIN)}
     with reraise_as(ValueError, f'what {type(task).__name__} keeps cannot be written to run.json: '
                     'give it a name that begins with an underscore', TypeError, ValueError):
+        found = {name: as_plain(value) for name, value in found.items() if name[0] != '_'}
+        plain = {name: value for name, value in found.items() if isinstance(value, PLAIN)}
         json.dumps(plain)
     return {**plain, 'kind': type(task).__name__, 'network': task.network.__name__}
 
@@ -405,8 +406,8 @@ def check_agreement(
     for rank, other in enumerate(others, start=1):
         for difference in differences(first, other)[:1]:
             told = difference.replace(' there, ', ' in the first, ').removesuffix(' here')
-            raise ValueError(f'processes of one run differ ({told} in process {rank + 1}): what a '
-                             'script enters, every process has to enter; --processes 1 needs none')
+            raise ValueError(f'processes of one run differ ({told} in process {rank + 1}): start '
+                             'the same in all of them, or one alone with --processes 1')
 
 # %% ../nbs/22_training.ipynb #999e1049
 def describe(

@@ -118,6 +118,9 @@ def check_batch(
 ) -> None:
     "Raise `ValueError` for images that a network was not made for, and for bytes"
     shape = config.channels, config.height, config.width
+    if images.ndim != 4:
+        raise ValueError('images need the shape (batch, channels, height, width), and not '
+                         f'{tuple(images.shape)}: images[None] is a batch of one')
     if images.shape[1:] != shape:
         raise ValueError(f'images of shape {tuple(images.shape[1:])} do not fit '
                          f'a network for {shape}')

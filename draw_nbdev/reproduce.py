@@ -292,6 +292,7 @@ SEQUENCE = ('Rows are images, columns are time. Red rectangles show where the ne
 WHOLE = 'Rows are images, columns are time. Without attention the whole picture sharpens at once.'
 SAMPLES = 'Generated images, mean probabilities.'
 NEIGHBOURS = SAMPLES + ' The right-most column is the image of {} nearest to the one beside it.'
+OTHER_SET = ' The network learned from another set: even a copy need not be near to any of this.'
 CURVES = 'Cost of training and validation images against updates, and its two terms.'
 
 # %% ../nbs/42_reproduce.ipynb #e650acc4
@@ -316,7 +317,9 @@ def pictures(
     if data and not isinstance(data('train'), FreshDigits):
         index, _ = nearest_images(samples[COLUMNS - 1::COLUMNS], data('train'))
         grid = plots.samples_with_neighbours(samples, data('train').batch(index))
-        yield experiment.samples, 'samples', grid, NEIGHBOURS.format(data('train').name)
+        there = data('train').name
+        other = '' if there == model.history['data']['name'] else OTHER_SET
+        yield experiment.samples, 'samples', grid, NEIGHBOURS.format(there) + other
     else: yield experiment.samples, 'samples', plots.image_grid(samples, COLUMNS, zoom=2), SAMPLES
     if sum(row['split'] == 'valid' for row in model.metrics) > 1:
         yield experiment.curves, 'curves', plots.learning_curves(model.metrics), CURVES

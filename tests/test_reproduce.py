@@ -173,6 +173,10 @@ def test_nearest_training_images(model):
     for sets, said in (({'train': train_set}.get, True), (None, False)):
         *_, caption = list(pictures(*given, sets))[1]
         assert ('image of a set nearest' in caption) == said
+        assert 'another set' not in caption
+    model.history['data']['name'] = 'another'
+    *_, caption = list(pictures(*given, {'train': train_set}.get))[1]
+    assert 'The network learned from another set' in caption
     assert found.keys() == {'sequence', 'samples'} and found['samples'][0] == 6
     samples = drawing.canvases[-1].sigmoid()
     everything = train_set.batch(range(300)).numpy()

@@ -115,7 +115,7 @@ def test_stopped_and_started_again(what, folder, whole):
     code, said = end(process)
     last = said.splitlines()[-1]
     if what in ('interrupt', 'terminate'):
-        assert code == 130
+        assert code == 130, said
         assert re.search(r'the same command goes on .* after update [1-9]', last)
     elif what == 'kill': assert code == -signal.SIGKILL
     else: assert code == 2 and last.startswith('draw: process 2 of 2 has ended (signal SIGKILL)')

@@ -245,6 +245,15 @@ def name_parts(
         names[f'{kind}_part'] = name
     return replace(config, **names)
 
+# %% ../nbs/14_model.ipynb #eabca6ca
+def settings_of(
+    part: nn.Module, # Any, with all that it is made of
+) -> dict[str, bool | int | float | str]: # Such as {'drop.p': 0.1}
+    "What a part keeps beside its weights and buffers, under names without underscore"
+    return {f'{place}.{name}'.lstrip('.'): value for place, module in part.named_modules()
+            for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))
+            and name != 'training' and not name.startswith('_')}
+
 # %% ../nbs/14_model.ipynb #8119a7fb
 def check_remade(
     model: nn.Module, # A `DRAW`
@@ -255,18 +264,14 @@ def check_remade(
         factory = PARTS[kind].get(name, type(part))
         if factory is not type(part) or name is None: continue # a function knows what it makes
         try:
-            with torch.random.fork_rng([]): again = factory(model.config)
+            with torch.random.fork_rng([]): usual = settings_of(factory(model.config))
         except TypeError: continue # it wants more, so loading will be given the part itself
-        for (place, one), other in zip(part.named_modules(), again.modules()):
-            for setting, value in vars(one).items():
-                usual = vars(other).get(setting, value)
-                if isinstance(value, (bool, int, float, str)) and setting != 'training' \
-                        and value != usual and not setting.startswith('_'):
-                    raise ValueError(
-                        f'{name} has {".".join(filter(None, (place, setting)))} = {value!r}, and '
-                        f'loading would make it with {usual!r}: enter a function that makes yours '
-                        f'in PARTS[{kind!r}], and give its name; what changes with time belongs '
-                        'in a buffer')
+        for setting, value in settings_of(part).items():
+            if usual.get(setting, value) != value:
+                raise ValueError(f'{name} has {setting} = {value!r}, and loading would make it '
+                                 f'with {usual[setting]!r}: enter a function that makes yours in '
+                                 f'PARTS[{kind!r}], and give its name; what changes with time '
+                                 'belongs in a buffer')
 
 # %% ../nbs/14_model.ipynb #b5a650e9
 class DRAWOutput(NamedTuple):
@@ -631,10 +636,9 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         glimpses: int | None, # Steps; the configuration's if None
     ) -> Tensor: # Standard normal, shape (glimpses, batch, latent_size)
         "Noise that fits the images, once both fit this network; raises `ValueError` if not"
-        c = self.config
+        c, dtype = self.config, self.initial_canvas.dtype
         check_batch(images, c)
         shape = self.check_glimpses(glimpses), images.shape[0], c.latent_size
-        dtype = self.initial_canvas.dtype
         if noise is None: return torch.randn(shape, dtype=dtype, device=images.device)
         steps = shape[0] if glimpses is not None else 'glimpses'
         wrong = noise.ndim != 3 or noise.shape[0] < 1 or noise.shape[1:] != shape[1:]

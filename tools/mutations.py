@@ -109,8 +109,8 @@ MUTATIONS = {
     ],
     'model': [
         ('settings of a part forgotten', 'if type(self) is DRAW: check_remade(self)', 'pass'),
-        ('settings of a part of a part forgotten', 'zip(part.named_modules(), again.modules())',
-         "[(('', part), again)]"),
+        ('settings of a part of a part forgotten', 'for place, module in part.named_modules()',
+         "for place, module in [('', part)]"),
         ('windows of any kind', "window is None or hasattr(window, '_fields')", 'True'),
         ('pictures with the channels of the canvas', '*pixels.shape[1:])',
          '*canvases.shape[-3:])'),

@@ -442,6 +442,10 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
         problems = (RuntimeError, SafetensorError, RecursionError,
                     json.JSONDecodeError, UnicodeDecodeError)
         file = find_config(name, **{o: options[o] for o in FETCH if o in options})
+        device = options.get('map_location') or 'cpu'
+        unusable = f'map_location {device} cannot be used here'
+        with reraise_as(ValueError, unusable, RuntimeError, AssertionError):
+            torch.empty(0, device=device)
         with reraise_as(ValueError, damaged, TypeError, *problems):
             options = {'config': cls.read_config(name, file), **options}
         with reraise_as(ValueError, damaged, *problems):

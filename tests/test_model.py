@@ -96,6 +96,12 @@ def test_weights_that_do_not_fit(tmp_path):
     save_file(held, file)
     assert torch.equal(DRAW.from_pretrained(tmp_path).initial_canvas, held['initial_canvas'])
 
+def test_a_device_that_is_not_there(tmp_path):
+    "Not taken for damaged weights"
+    DRAW(SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='^map_location cuda:9 cannot be used here .'):
+        DRAW.from_pretrained(tmp_path, map_location='cuda:9')
+
 @pytest.mark.parametrize('rows', [1000, 5])
 @pytest.mark.parametrize('glimpses', [None, 2])
 def test_importance_weighted_bound(rows, glimpses):

@@ -12,6 +12,7 @@ from draw_nbdev.model import PRETRAINED
 
 RESULTS = Path(__file__).parent.parent / 'results'
 KINDS = {'bound': ('bound on -log p(x), nats per image', 1, ''), 'error': ('error, %', 100, ' %')}
+COST = 'cost, nats per image (intensities taken for probabilities: no bound on -log p(x))' # Of grey and colour images
 
 def card(
     name: str, # Of packaged weights
@@ -22,6 +23,7 @@ def card(
     result = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
     kind = 'error' if 'valid_error' in history else 'bound'
     measure, factor, unit = KINDS[kind]
+    if kind == 'bound' and history['data']['name'] != 'mnist_fixed': measure = COST
     network = network_class(name).__name__
     front = ModelCardData(license='mit', library_name='draw_nbdev', tags=['draw', 'attention', 'pytorch'], datasets=['mnist'] if 'mnist' in history['data']['name'] else None,
                           pipeline_tag='unconditional-image-generation' if network == 'DRAW' else 'image-classification')

@@ -108,6 +108,7 @@ MUTATIONS = {
          'self.shape = (channels, width, height)'),
     ],
     'model': [
+        ('a device that is not there, taken for damage', 'torch.empty(0, device=device)', 'pass'),
         ('settings of a part forgotten', 'if type(self) is DRAW: check_remade(self)', 'pass'),
         ('settings of a part of a part forgotten', 'for place, module in part.named_modules()',
          "for place, module in [('', part)]"),

@@ -98,13 +98,27 @@ def test_first_cell_is_title_and_subtitle(file):
 def test_is_short(file):
     "Text and examples; definitions have a cell each, so that a heading above a source is its name"
     others = '#| hide', '#| export', '#| default_exp'
-    sources = [''.join(cell['source']) for cell in cells(file)]
+    sources = [''.join(cell['source']) for cell in cells(file) if not cell['metadata']]
     told = [s for s in sources if not s.startswith(others) and s != '</details>']
     assert len(told) <= 40
 
 @each_notebook
+def test_solutions_are_closed(file):
+    "In JupyterLab as on the site: nobody reads an answer before the question"
+    inside = False
+    for cell in cells(file):
+        source, opening = ''.join(cell['source']), '<details class="solution">'
+        text = cell['cell_type'] == 'markdown'
+        if inside: inside = not (text and source.startswith('</details>'))
+        hidden = {'source_hidden': True} if text else dict(source_hidden=True, outputs_hidden=True)
+        assert cell['metadata'] == ({'jupyter': hidden} if inside else {}), 'run tools/run_nbs.py'
+        if text and opening in source: inside = '</details>' not in source.split(opening)[-1]
+
+@each_notebook
 def test_is_saved_clean(file):
-    "With outputs, without errors, progress bars or run numbers"
+    "With a kernel, or JupyterLab asks for one; without errors, progress bars or run numbers"
+    saved = json.loads(file.read_text(encoding='utf-8'))['metadata']
+    assert saved['kernelspec']['name'] == 'python3'
     for number,cell in enumerate(cells(file)):
         if cell['cell_type'] != 'code': continue
         assert cell['execution_count'] is None, f'cell {number}: run nbdev_clean'

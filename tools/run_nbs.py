@@ -4,8 +4,9 @@
 
 NAME is a file under nbs/, as in `16_filterbank` or `nbs/16_filterbank.ipynb`; none means all of them. Saved outputs always come from here,
 never from Jupyter, which draws figures at another resolution: a seeded notebook run twice is then the same file, byte for byte.
+JupyterLab is told to fold the cells between the question of an exercise and the end of its solution, as the site does.
 Cells with a flag of `tst_flags` (settings.ini) are skipped and keep the outputs they have, as `nbdev_test` skips them, unless --flags names it."""
-import argparse, os
+import argparse, os, re
 from pathlib import Path
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
@@ -13,6 +14,17 @@ from fastcore.xtras import working_directory
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
 from nbdev.process import extract_directives
+
+def close_solutions(
+    notebook, # As `read_nb` returns it
+):
+    "Mark the cells of solutions, all of which lie between a cell that opens one and a cell that begins with its end"
+    inside = False
+    for cell in notebook.cells:
+        tags = re.findall('<details class="solution">|</details>', cell.source) if cell.cell_type == 'markdown' else []
+        cell.metadata.pop('jupyter', None)
+        if inside and not tags: cell.metadata['jupyter'] = {'source_hidden': True} | ({'outputs_hidden': True} if cell.cell_type == 'code' else {})
+        if tags: inside = tags[-1] != '</details>'
 
 def run(
     file: Path, # Notebook
@@ -27,6 +39,7 @@ def run(
     notebook = read_nb(file)
     shell = CaptureShell(file, mpl_format='png')
     with working_directory(file.parent): shell.run_all(notebook, exc_stop=True, preproc=skipped)
+    close_solutions(notebook)
     write_nb(notebook, file)
     nbdev_clean.__wrapped__(fname=str(file))
 

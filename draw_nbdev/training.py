@@ -159,6 +159,7 @@ def start_accelerator(
 ) -> Accelerator: # Of this process, one of those that share every batch
     "Device, precision and processes of a run; raises `ValueError` where a batch cannot be shared"
     warnings.filterwarnings('ignore', 'Grad strides do not match bucket view') # c_0's; no harm
+    warnings.filterwarnings('ignore', 'TensorFloat32 tensor cores') # What is in float32 stays so
     AcceleratorState._reset_state() # or a second run could not have another precision
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision=options.precision)

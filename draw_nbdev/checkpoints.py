@@ -240,13 +240,13 @@ def tell_segments(
     lines = []
     for number, s in enumerate(segments, start=1):
         until = 'the end'
-        if number < len(segments): until = f'epoch {segments[number]["from_step"] / per_epoch:g}'
+        if number < len(segments): until = f'epoch {segments[number]["from_step"] / per_epoch:.4g}'
         made = s['precision']
         if 'hardware' in s:
             count = f'{s["processes"]} process' + 'es' * (s['processes'] > 1)
             made = f'{count}, {made}, {s["hardware"]}, {s["software"]}'
         note = f'; {s["note"]}' if 'note' in s else ''
-        lines.append(f'from epoch {s["from_step"] / per_epoch:g} to {until}: '
+        lines.append(f'from epoch {s["from_step"] / per_epoch:.4g} to {until}: '
                      f'a schedule of {s["epochs"]} epochs; {made}{note}')
     return lines
 

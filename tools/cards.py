@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from huggingface_hub import ModelCardData
 from draw_nbdev.classifier import network_class
+from draw_nbdev.demo import BINARY
 from draw_nbdev.files import write_text
 from draw_nbdev.model import PRETRAINED
 
@@ -23,7 +24,7 @@ def card(
     result = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
     kind = 'error' if 'valid_error' in history else 'bound'
     measure, factor, unit = KINDS[kind]
-    if kind == 'bound' and history['data']['name'] != 'mnist_fixed': measure = COST
+    if kind == 'bound' and history['data']['name'] not in BINARY: measure = COST
     network = network_class(name).__name__
     front = ModelCardData(license='mit', library_name='draw_nbdev', tags=['draw', 'attention', 'pytorch'], datasets=['mnist'] if 'mnist' in history['data']['name'] else None,
                           pipeline_tag='unconditional-image-generation' if network == 'DRAW' else 'image-classification')

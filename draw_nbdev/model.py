@@ -436,7 +436,7 @@ class Pretrained(PyTorchModelHubMixin, repo_url='https://github.com/draw-nbdev/d
         name: str | Path, # A packaged name, a folder of a run or of weights, or hf://owner/name
         **options, # Of `PyTorchModelHubMixin.from_pretrained`, and parts that have no name
     ): # The network in evaluation mode
-        "Load configuration and weights; raises `ValueError` where they do not fit each other"
+        "Load configuration and weights; raises `ValueError` where they or the device do not fit"
         folder = find_weights(name)
         damaged = f'the weights and the config.json of {name} do not fit each other or are damaged'
         problems = (RuntimeError, SafetensorError, RecursionError,

@@ -297,6 +297,23 @@ def test_draws_what_the_keys_drew(reader):
     drawn = reader.pixels(place, 'Your drawing')[..., 0] > 128
     assert drawn[13:20, 10].all() and not drawn[:, 16:].any()
 
+STALE = """IntersectionObserver = class extends IntersectionObserver {
+  constructor(heard, options) {
+    const stale = ({ target }) => ({ target, isIntersecting: false })
+    super(news => heard([...news.map(stale), ...news]), options)
+  }
+}"""
+
+def test_plays_when_news_come_together(browser, address):
+    "That a picture was out of view and then came into view may be told at once: it plays"
+    context = browser.new_context(viewport={'width': 1000, 'height': 800})
+    context.add_init_script(STALE)
+    reader = Reader(context, address)
+    reader.widget('reads')
+    shown = "document.querySelector('[data-live=reads] .live-transport output').textContent"
+    reader.page.wait_for_function(f'parseInt({shown}) >= 3')
+    context.close()
+
 def test_the_pen_stays(browser, address):
     "Whoever draws by keys sees the pen while the network draws"
     reader = Reader(browser, address, viewport={'width': 1000, 'height': 800})

@@ -312,8 +312,8 @@ export class Transport {
       ).element,
     )
     this.length(1)
-    new IntersectionObserver(([entry]) => {
-      this.visible = entry.isIntersecting
+    new IntersectionObserver(entries => {
+      this.visible = entries.at(-1).isIntersecting // of several at once, the latest
       if (this.visible && this.playing) this.tick()
     }).observe(picture.element)
   }

@@ -1,13 +1,17 @@
 """`draw train` that is the first of several processes: progress, errors, Ctrl-C, kill and
 resuming behave as with one"""
 import json, os, re, shutil, signal, socket, subprocess, sys, time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from draw_nbdev import training
 from draw_nbdev.checkpoints import read_metrics
+from draw_nbdev.training import check_agreement
 
 pytestmark = pytest.mark.skipif(
     shutil.which('ps') is None, reason='no ps here, which finds processes that were left behind'
@@ -160,6 +164,19 @@ def test_a_script_that_enters_a_part(folder):
     code, said = end(draw(folder, 'own', 2, processes=1, start=('mine.py',)))
     assert code == 0 and json.loads((folder / 'own/run.json').read_text())['config'][
         'likelihood_part'] == 'unit'
+
+@pytest.mark.parametrize('other, refused', [
+    ({'epochs': 3, 'precision': 'no'}, True),
+    ({'epochs': 2, 'precision': 'bf16'}, False),
+])
+def test_processes_agree_on_epochs(other, refused, monkeypatch):
+    "A run may go on with more epochs; processes with different ones would wait for each other"
+    first, second = ({'config': {}, 'data': {}, 'task': {}, 'options': options}
+                     for options in ({'epochs': 2, 'precision': 'no'}, other))
+    monkeypatch.setattr(training, 'gather_object', lambda mine: [first, second])
+    said = pytest.raises(ValueError, match='epochs 2 in the first, 3 in process 2')
+    with said if refused else nullcontext():
+        check_agreement(first, SimpleNamespace(num_processes=2))
 
 SHARED = """
 import torch

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['checksums', 'step_of', 'states', 'save_state', 'load_state', 'saved_step', 'save_weights', 'check_folder', 'open_run',
-           'check_epochs', 'add_segment', 'tell_segments', 'read_metrics', 'keep_metrics', 'Log', 'take_lock']
+           'check_epochs', 'add_segment', 'tell_segments', 'machines_of', 'tell_time', 'read_metrics', 'keep_metrics',
+           'Log', 'take_lock']
 
 # %% ../nbs/63_checkpoints.ipynb #36b96d3d
 import json, os, re, shutil
@@ -249,6 +250,24 @@ def tell_segments(
         lines.append(f'from epoch {s["from_step"] / per_epoch:.4g} to {until}: '
                      f'a schedule of {s["epochs"]} epochs; {made}{note}')
     return lines
+
+# %% ../nbs/63_checkpoints.ipynb #39242825
+def machines_of(
+    told: dict, # What run.json, training.json or a file of results says of a run
+) -> list[str]: # Each once, in the order of its segments
+    "The machines that a run was made on, as far as they are known"
+    return list(dict.fromkeys(s['hardware'] for s in [*told.get('segments', []), told]
+                              if 'hardware' in s))
+
+# %% ../nbs/63_checkpoints.ipynb #c1c9c303
+def tell_time(
+    hours: float, # On the clock
+    cpu_hours: float, # Of all processes
+    machines: list[str], # Of the run
+) -> str:
+    "What a run took, in words"
+    if not any('NVIDIA' in machine for machine in machines): return f'{cpu_hours:.2f} CPU hours'
+    return f'{hours:.2f} hours on {" and ".join(machines)}'
 
 # %% ../nbs/63_checkpoints.ipynb #531db544
 def read_metrics(

@@ -24,8 +24,8 @@ from .data import Images
 from .evaluation import evaluating
 from .files import reraise_as
 from .filterbank import Window, attention_window
-from .model import (DRAW, LSTMCell, Pretrained, check_batch, check_sizes, find_config,
-                              preset, stack_windows)
+from .loading import Pretrained, find_config
+from .model import DRAW, LSTMCell, check_batch, check_sizes, preset, stack_windows
 from .muon import make_optimizers
 from .options import RECIPES, TrainOptions
 from .plots import READ_COLOR, draw_windows, image_grid

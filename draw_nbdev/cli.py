@@ -439,7 +439,8 @@ def evaluate_command(
     from draw_nbdev.classifier import classification_error, network_class
     from draw_nbdev.data_sets import DATA_SETS
     from draw_nbdev.evaluation import evaluate
-    from draw_nbdev.model import DRAW, find_weights
+    from draw_nbdev.loading import find_weights
+    from draw_nbdev.model import DRAW
     if out: check_folder(out, 'evaluation.json')
     kind = network_class(model)
     draws = issubclass(kind, DRAW)

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from .classifier import Convolutional, DifferentiableRAM, network_class
 from .data import mnist
 from .files import reraise_as
-from .model import DRAW, PARTS, PRETRAINED, find_weights
+from .loading import PRETRAINED, find_weights
+from .model import DRAW, PARTS
 
 # %% ../nbs/41_demo.ipynb #b1a029f2
 TITLES = {

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from . import __version__, diagrams, plots
-from .checkpoints import check_folder, read_metrics
+from .checkpoints import check_folder, machines_of, read_metrics
 from .classifier import (CLASSIFIERS, TABLE_1, Classification, ConvolutionalConfig,
                                    RAMConfig, classification_error, glimpse_grid,
                                    network_for, train_classifier)
@@ -25,7 +25,8 @@ from .data_sets import DATA_SETS, find
 from .digits import FreshDigits
 from .evaluation import Evaluation, evaluate, nearest_images
 from .files import remove_partial, reraise_as, write_json, write_text
-from .model import DRAW, DRAWConfig, Drawing, PRESETS, PRETRAINED, preset
+from .loading import PRETRAINED
+from .model import DRAW, DRAWConfig, Drawing, PRESETS, preset
 from .options import PAPER_RECIPES, RECIPES, TrainOptions
 from .training import train
 
@@ -260,14 +261,13 @@ def origin_of(
         valid, test = f'{history["valid_bound"]:.2f} nats', f'{nats(result)} nats'
         test += f': reconstruction {result.reconstruction:.2f}, KL {result.latent:.2f}'
     else: valid, test = f'{100 * history["valid_error"]:.2f} %', percent(result)
-    machines = dict.fromkeys(s['hardware'] for s in history.get('segments', []) if 'hardware' in s)
     return {'weights': history['origin'],
             'network': tell_sizes(history['config']),
             'training data': f'{data["name"]}: {data["note"]}',
             'epochs': history['epochs'],
             'training seed': history['options']['seed'],
             'training time': f'{seconds / 60:.1f} min, {cpu_seconds / 60:.1f} min of CPU',
-            'hardware': ', '.join(machines) or 'not known',
+            'hardware': ', '.join(machines_of(history)) or 'not known',
             'validation': f'{valid} on {data["name"]}',
             'test data': f'{result.data}, {result.images:,} images: {result.note}',
             'test': test,

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import distributions, nn
 import draw_nbdev.model as model_module
+from draw_nbdev import loading
 from draw_nbdev.attention import AttentiveRead, AttentiveWrite, read_patch
 from draw_nbdev.checkpoints import differences, read_metrics, read_run
 from draw_nbdev.classifier import (NETWORKS, ClassifyTask, Convolutional, ConvolutionalConfig,
@@ -26,7 +27,8 @@ from draw_nbdev.digits import LabelledImages
 from draw_nbdev.evaluation import evaluate, evaluating, nearest_images
 from draw_nbdev.images import image_folder
 from draw_nbdev.loss import bound, importance_weighted_bound, reconstruction_loss
-from draw_nbdev.model import DRAW, PARTS, Bernoulli, DRAWConfig, find_weights
+from draw_nbdev.loading import find_weights
+from draw_nbdev.model import DRAW, PARTS, Bernoulli, DRAWConfig
 from draw_nbdev.options import TrainOptions, learning_rate
 from draw_nbdev.plots import learning_curves
 from draw_nbdev.training import Task, check_loading, describe, train, update_average
@@ -47,7 +49,7 @@ def test_a_folder_named_like_packaged_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained = train(SMALL, toy(), toy('valid'), 'mnist', QUICK)
     assert trained.config == SMALL
-    for place in (model_module.Path('mnist'), './mnist'):
+    for place in (Path('mnist'), './mnist'):
         assert DRAW.from_pretrained(place).config == SMALL
     with pytest.raises(ValueError, match='write ./mnist'): find_weights('mnist')
     assert find_weights('two_digits').is_absolute() # no such folder here
@@ -99,7 +101,7 @@ def test_a_subclass_on_the_hub(tmp_path, monkeypatch):
     def download(owner_name, file, **options):
         assert (owner_name, options) == ('owner/half', {'revision': 'first'})
         return str(tmp_path / file)
-    monkeypatch.setattr(model_module, 'hf_hub_download', download)
+    monkeypatch.setattr(loading, 'hf_hub_download', download)
     with pytest.raises(ValueError, match="'Halving'"):
         DRAW.from_pretrained('hf://owner/half', revision='first')
 

@@ -14,7 +14,8 @@ from draw_nbdev.demo import ASSETS
 from draw_nbdev.digits import cluttered_mnist
 from draw_nbdev.filterbank import Window, attention_window, filterbank
 from draw_nbdev.loss import bound
-from draw_nbdev.model import DRAW, PRETRAINED, DRAWConfig, LSTMCell, stack_windows
+from draw_nbdev.loading import PRETRAINED
+from draw_nbdev.model import DRAW, DRAWConfig, LSTMCell, stack_windows
 
 ROOT = Path(__file__).parents[1]
 NODE = shutil.which('node')

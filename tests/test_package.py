@@ -165,7 +165,7 @@ def test_modules_import_only_upwards():
     data = 'files', 'cache', 'data', 'images', 'archives', 'digits', 'colour', 'cifar', 'data_sets'
     order = (
         *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan_weights', 'scan', 'compiled',
-        'model', 'loss', 'benchmark', 'processes',
+        'loading', 'model', 'loss', 'benchmark', 'processes',
         'evaluation', 'muon', 'options', 'checkpoints', 'graph', 'training', 'classifier', 'demo',
         'reproduce', 'cli',
     )

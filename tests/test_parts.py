@@ -16,7 +16,8 @@ from draw_nbdev.classifier import NETWORKS, network_class, network_for
 from draw_nbdev.data import Images
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.loss import bound, importance_weighted_bound, log_weights, reconstruction_loss
-from draw_nbdev.model import (DRAW, PARTS, PRETRAINED, Bernoulli, DRAWConfig, DRAWOutput, LSTMCell,
+from draw_nbdev.loading import PRETRAINED
+from draw_nbdev.model import (DRAW, PARTS, Bernoulli, DRAWConfig, DRAWOutput, LSTMCell,
                               attentive_read, attentive_write, lstm, whole_read, whole_write)
 from draw_nbdev.options import TrainOptions
 from draw_nbdev.training import train

@@ -14,7 +14,8 @@ from draw_nbdev import benchmark, cli
 from draw_nbdev.classifier import CLASSIFIERS, Classification
 from draw_nbdev.data import Images
 from draw_nbdev.evaluation import Evaluation
-from draw_nbdev.model import DRAW, DRAWConfig, PRESETS, PRETRAINED
+from draw_nbdev.loading import PRETRAINED
+from draw_nbdev.model import DRAW, DRAWConfig, PRESETS
 from draw_nbdev.options import RECIPES, TrainOptions, recipe
 
 ROOT = Path(__file__).parent.parent

@@ -6,10 +6,11 @@ Everything on a card is read from the folder's training.json and from results/NA
 import json
 from pathlib import Path
 from huggingface_hub import ModelCardData
+from draw_nbdev.checkpoints import machines_of, tell_time
 from draw_nbdev.classifier import network_class
 from draw_nbdev.demo import BINARY
 from draw_nbdev.files import write_text
-from draw_nbdev.model import PRETRAINED
+from draw_nbdev.loading import PRETRAINED
 
 RESULTS = Path(__file__).parent.parent / 'results'
 KINDS = {'bound': ('bound on -log p(x), nats per image', 1, ''), 'error': ('error, %', 100, ' %')}
@@ -32,9 +33,7 @@ def card(
     rows = [f'| validation | {factor * history[f"valid_{kind}"]:.2f}{unit} |']
     if f'test_{kind}' in result: rows.append(f'| test | {factor * result[f"test_{kind}"]:.2f} ± {factor * result[f"test_{kind}_se"]:.2f}{unit} |')
     elif result: rows.append('| test | not used yet |')
-    machines = list(dict.fromkeys(s['hardware'] for s in history.get('segments', []) if 'hardware' in s))
-    on_gpu = any('NVIDIA' in machine for machine in machines) # where CPU hours say nothing
-    time = f'{history["seconds"] / 3600:.2f} hours on {" and ".join(machines)}' if on_gpu else f'{history["cpu_seconds"] / 3600:.2f} CPU hours'
+    time = tell_time(history['seconds'] / 3600, history['cpu_seconds'] / 3600, machines_of(history))
     again = f'; the nearest command is `{result["command"]}`' if result else ''
     if len(history.get('segments', [])) > 1: again += ', though these weights were not made in one go (training.json has the segments)'
     sizes = ', '.join(f'{key} {value}' for key, value in history['config'].items() if value is not None)

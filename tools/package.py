@@ -13,7 +13,8 @@ from draw_nbdev.classifier import classification_error, load_classifier
 from draw_nbdev.data_sets import find
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.files import write_json, write_text
-from draw_nbdev.model import DRAW, PRETRAINED, DRAWConfig
+from draw_nbdev.loading import PRETRAINED
+from draw_nbdev.model import DRAW, DRAWConfig
 from draw_nbdev.reproduce import EXPERIMENTS, Experiment
 from draw_nbdev.checkpoints import read_metrics, save_weights
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch.optim.swa_utils import AveragedModel
 from draw_nbdev.files import sha256, write_json, write_text
-from draw_nbdev.model import DRAW, PRETRAINED
+from draw_nbdev.loading import PRETRAINED
+from draw_nbdev.model import DRAW
 from draw_nbdev.options import TrainOptions
 from draw_nbdev.checkpoints import save_state, save_weights
 from draw_nbdev.training import Task

@@ -13,7 +13,8 @@ from draw_nbdev.classifier import classification_error, load_classifier
 from draw_nbdev.data_sets import find
 from draw_nbdev.evaluation import evaluate
 from draw_nbdev.files import write_text
-from draw_nbdev.model import DRAW, PRETRAINED
+from draw_nbdev.loading import PRETRAINED
+from draw_nbdev.model import DRAW
 from draw_nbdev.training import machine
 
 FEW, MANY = 50, 500 # Importance samples for all images, and for the first ones

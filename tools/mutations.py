@@ -8,7 +8,7 @@ TESTS = { # Of each module, quick ones first; its notebook comes after them
     'attention': ['test_mistakes.py', 'test_model.py', 'test_scan.py'],
     'model': ['test_mistakes.py', 'test_model.py', 'test_parts.py', 'test_scan.py',
               'test_extend.py'],
-    'loading': ['test_parts.py', 'test_extend.py'],
+    'loading': ['test_model.py', 'test_parts.py', 'test_extend.py'],
     'loss': ['test_mistakes.py', 'test_model.py', 'test_parts.py', 'test_evaluation.py',
              'test_extend.py'],
     'evaluation': ['test_extend.py -k evaluation', 'test_evaluation.py', 'test_mistakes.py -k noise', 'test_parts.py'],

@@ -31,7 +31,8 @@ def checksums(
 ) -> dict[str, str]: # Name -> SHA-256, of progress.json the MD5 of what it says
     "What a state is known by"
     said = md5(json.dumps(progress, sort_keys=True).encode())
-    files = (file for file in sorted(folder.iterdir()) if file.name != 'progress.json')
+    files = (file for file in sorted(folder.iterdir()) # and what file managers hide there
+             if file.is_file() and file.name[0] != '.' and file.name != 'progress.json')
     return {**{file.name: sha256(file) for file in files}, 'progress.json': said}
 
 # %% ../nbs/63_checkpoints.ipynb #a2ed6a67
@@ -192,7 +193,8 @@ def open_run(
     "The run in `out`, None if it is new; raises `ValueError` where another run is there"
     file, best = out / 'run.json', out / 'best'
     check_folder(out, file.name)
-    if best.exists() and not (best.is_dir() and all(part.is_file() for part in best.iterdir())):
+    taken = [best / name for name in ('config.json', 'model.safetensors', 'training.json')]
+    if best.exists() and not best.is_dir() or any(place.is_dir() for place in taken):
         raise ValueError(f'{best} is not a folder of weights: remove it, or choose another --out')
     metrics = out / 'metrics.jsonl'
     if metrics.exists() and not metrics.is_file():

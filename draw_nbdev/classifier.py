@@ -345,7 +345,9 @@ def train_classifier(
     options: TrainOptions = RECIPES['cluttered_8'], # Everything else
 ) -> nn.Module: # Weights of the lowest validation error; `ValueError` for what cannot be run
     "Minimise the cross-entropy and keep the averaged weights that do best on validation images"
-    for data in (train_set, valid_set): check_labelled(data)
+    for data in (train_set, valid_set):
+        check_labelled(data)
+        if hasattr(data, 'labels'): check_classes(data.labels, config.classes)
     task = ClassifyTask(network_for(config), options.every_glimpse)
     return train(config, train_set, valid_set, out, options, task)
 

@@ -498,17 +498,19 @@ def generate_command(
     check_memory(f'{count} images in so many steps', 2 * count * (1 + steps) * kept)
     drawing = network.generate(count, glimpses, torch.Generator().manual_seed(seed))
     if not drawing.canvases.isfinite().all(): raise ValueError(NO_NUMBERS.format(model))
-    about = {'model': model, 'count': count, 'glimpses': steps, 'seed': seed}
-    write_json(out / 'generate.json', about)
-    remove_partial(out)
+    drawing = drawing._replace(windows=plots.drawable(drawing.windows))
     size = c.write_size if drawing.windows is not None else None
     few, more = drawing.first(8), drawing.first(36)
     course = network.images(more.canvases)
-    plots.save(plots.image_grid(network.images(drawing.canvases[-1]), zoom=2), out / 'samples.png')
-    plots.save(plots.sequence_grid(course[:, :8], few.windows, size), out / 'sequence.png')
+    pictures = {'samples.png': plots.image_grid(network.images(drawing.canvases[-1]), zoom=2),
+                'sequence.png': plots.sequence_grid(course[:, :8], few.windows, size)}
+    about = {'model': model, 'count': count, 'glimpses': steps, 'seed': seed}
+    write_json(out / 'generate.json', about)
+    remove_partial(out)
+    for name, picture in pictures.items(): plots.save(picture, out / name)
     films = ['drawing.gif'] + ['drawing.mp4'] * plots.can_write_mp4()
     for film in films: plots.animation(course, out / film, more.windows, size)
-    for name in ('samples.png', 'sequence.png', *films): typer.echo(out / name)
+    for name in (*pictures, *films): typer.echo(out / name)
 
 # %% ../nbs/40_cli.ipynb #0d0a10b0
 @app.command('demo')
@@ -520,11 +522,11 @@ def demo_command(
     "Watch the networks draw and read, in the browser."
     from draw_nbdev.demo import live_files, make_server
     with tempfile.TemporaryDirectory() as folder:
-        server = make_server(live_files(Path(folder), model), port)
-        typer.echo(f'http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)')
-        try: server.serve_forever()
-        except KeyboardInterrupt: pass # the usual way to end it
-        finally: server.server_close()
+        with make_server(Path(folder), port) as server: # says at once whether the port is free
+            live_files(Path(folder), model)
+            typer.echo(f'http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)')
+            try: server.serve_forever()
+            except KeyboardInterrupt: pass # the usual way to end it
 
 # %% ../nbs/40_cli.ipynb #a5b35733
 @app.command('reproduce')

@@ -180,12 +180,19 @@ class PatchImages(Images):
     "Images from which a square patch is taken at random for every batch"
     shape = 3, PATCH, PATCH
 
+    def __init__(self, *args, **kwargs): # As for `Images`
+        super().__init__(*args, **kwargs)
+        _, channels, *sides = self.pixels.shape
+        if channels != 3 or min(sides) < PATCH:
+            raise ValueError(f'{self.name}: patches of 3 x {PATCH} x {PATCH} do not fit into '
+                             f'images of {" x ".join(map(str, self.pixels.shape[1:]))}')
+
     def batch(self,
         indices: Tensor | Sequence[int], # Which images, shape (batch,)
         generator: torch.Generator | None = None, # Source of the places; the central patch if None
     ) -> Tensor: # Shape (batch, 3, 54, 54), float32 between 0 and 1
         "One patch of each image at `indices`"
-        indices = torch.as_tensor(indices)
+        indices = torch.arange(len(self))[torch.as_tensor(indices)]
         tops, lefts = (self.corners(length - PATCH, indices.shape, generator)
                        for length in self.pixels.shape[2:])
         rows, columns = (first[:, None] + torch.arange(PATCH) for first in (tops, lefts))

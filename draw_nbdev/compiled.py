@@ -155,6 +155,8 @@ def compiled(
     step, # `forward_step` or `backward_step`
 ): # The same, compiled for every combination of sizes that it meets
     "What runs a step; the first call takes the compiler seconds to half a minute"
+    limits = torch._dynamo.config # By default the ninth combination would not be compiled
+    limits.recompile_limit = max(limits.recompile_limit, 64)
     return torch.compile(step, dynamic=False)
 
 # %% ../nbs/68_compiled.ipynb #434a6116
@@ -206,31 +208,32 @@ class CompiledScan(torch.autograd.Function):
         "Gradients in the order of forward's arguments"
         refuse_second_derivatives('compiled')
         x, noise, *weights = ctx.saved_tensors
-        s, p, states, left = ctx.s, Weights(*weights), ctx.states, ctx.left
-        d_state = d_canvas.contiguous(), *(torch.zeros_like(v) for v in states[-1][1:])
-        found = []
-        for t in reversed(range(len(noise))):
-            d_state, d_layers = compiled(backward_step)(
-                s, ctx.limits, ctx.cast, x, noise[t], states[t], states[t + 1][1], left[t],
-                d_posterior[t], d_latents[t], d_state)
-            found.append(d_layers)
-        d_canvas, d_out, d_h_enc, d_c_enc, d_h_dec, d_c_dec = d_state
-        d_pre_enc, d_post, d_pre_dec, d_outs = (list(v) for v in zip(*found))
-        enc_in, _, _, _, dec_in, _ = (list(v) for v in zip(*left))
-        h_enc, h_dec = ([state[i] for state in states[1:]] for i in (2, 4))
-        enc, dec, post, out = (layer_gradient(*pair, p.canvas, ctx.dtype) for pair in (
-            (d_pre_enc, enc_in), (d_pre_dec, dec_in), (d_post, h_enc), (d_outs, h_dec)))
-        image_weight = None
-        if s.read: # the first read window was made of the first h_dec, with nothing written
-            d_h_dec = d_h_dec + d_out @ p.out_weight
-            out = out[0] + d_out.t() @ states[0][4], out[1] + d_out.sum(0)
-        else:
-            d_gates = torch.stack(d_pre_enc).sum(0)
-            image_weight = (d_gates.t() @ x.flatten(1).to(ctx.dtype)).to(p.canvas.dtype)
-        encoder, decoder = (torch.stack([d_h.sum(0), d_cell.sum(0)])
-                            for d_h, d_cell in ((d_h_enc, d_c_enc), (d_h_dec, d_c_dec)))
-        d_p = Weights(d_canvas.sum(0), encoder, decoder, *enc, *dec, *post, *out, image_weight,
-                      None, None)
+        with torch.autocast(d_canvas.device.type, enabled=False):
+            s, p, states, left = ctx.s, Weights(*weights), ctx.states, ctx.left
+            d_state = d_canvas.contiguous(), *(torch.zeros_like(v) for v in states[-1][1:])
+            found = []
+            for t in reversed(range(len(noise))):
+                d_state, d_layers = compiled(backward_step)(
+                    s, ctx.limits, ctx.cast, x, noise[t], states[t], states[t + 1][1], left[t],
+                    d_posterior[t], d_latents[t], d_state)
+                found.append(d_layers)
+            d_canvas, d_out, d_h_enc, d_c_enc, d_h_dec, d_c_dec = d_state
+            d_pre_enc, d_post, d_pre_dec, d_outs = (list(v) for v in zip(*found))
+            enc_in, _, _, _, dec_in, _ = (list(v) for v in zip(*left))
+            h_enc, h_dec = ([state[i] for state in states[1:]] for i in (2, 4))
+            enc, dec, post, out = (layer_gradient(*pair, p.canvas, ctx.dtype) for pair in (
+                (d_pre_enc, enc_in), (d_pre_dec, dec_in), (d_post, h_enc), (d_outs, h_dec)))
+            image_weight = None
+            if s.read: # the first read window was made of the first h_dec, with nothing written
+                d_h_dec = d_h_dec + d_out @ p.out_weight
+                out = out[0] + d_out.t() @ states[0][4], out[1] + d_out.sum(0)
+            else:
+                d_gates = torch.stack(d_pre_enc).sum(0)
+                image_weight = (d_gates.t() @ x.flatten(1).to(ctx.dtype)).to(p.canvas.dtype)
+            encoder, decoder = (torch.stack([d_h.sum(0), d_cell.sum(0)])
+                                for d_h, d_cell in ((d_h_enc, d_c_enc), (d_h_dec, d_c_dec)))
+            d_p = Weights(d_canvas.sum(0), encoder, decoder, *enc, *dec, *post, *out, image_weight,
+                          None, None)
         return None, None, None, None, *d_p
 
 # %% ../nbs/68_compiled.ipynb #3b0d681e
@@ -243,7 +246,8 @@ def compiled_scan(
 
     The fused scan takes what this one is not for: passes without gradients, gradients of the
     images, layer norms."""
-    if not torch.is_grad_enabled() or images.requires_grad or model.config.layer_norm:
+    normed = any(isinstance(cell.norm, nn.LayerNorm) for cell in (model.encoder, model.decoder))
+    if not torch.is_grad_enabled() or images.requires_grad or normed:
         return fused_scan(model, images, noise)
     s, half = sizes(model.config), autocast_dtype(images)
     with torch.autocast(images.device.type, enabled=False):

@@ -141,13 +141,15 @@ def read_path(
 
 # %% ../nbs/50_data_sets.ipynb #24577c6e
 def find(
-    data: str | Path, # A name in `DATA_SETS`, that of a zip in the data folder, or else a path
+    data: str | Path, # A name in `DATA_SETS`, that of a zip in the data folder, or a path
     split: str, # 'train', 'valid' or 'test'
     size: int | tuple[int, int] | None = None, # For plain images: side, or (height, width)
     root: str | Path | None = None, # Data folder; `data_root()` if None
 ) -> Images: # The images of the split
-    "Any data set by its name, or images of your own by their path"
+    "Any data set by its name, or images of your own by their path; `ValueError` for what is both"
     check_split(split)
+    if isinstance(data, str) and not data.strip():
+        raise ValueError('no data set and no path is given: name one, or . for this folder')
     entry = None if isinstance(data, Path) else DATA_SETS.get(data)
     if entry:
         if size is not None:
@@ -155,8 +157,12 @@ def find(
                              'own; leave the size out')
         place = entry.substitute_zip(root)
         return read_path(place, split, None, root) if place else entry.make(split, root)
-    path = Path(data) if Path(data).exists() else find_file(f'{data}.zip', root)
-    if path: return read_path(path, split, size, root)
+    path, zipped = Path(data), None # ./NAME is a path and no name
+    if data == path.name: zipped = find_file(f'{data}.zip', root)
+    if zipped and path.exists():
+        raise ValueError(f'{data} is here, and {zipped} has that name, too: write ./{data} for the '
+                         'one here, or go to another folder')
+    if zipped or path.exists(): return read_path(zipped or path, split, size, root)
     known = ', '.join(DATA_SETS)
     raise FileNotFoundError(f'{data}: neither a folder or zip of images, '
                             f'nor one of the data sets {known}')

@@ -133,6 +133,9 @@ class LabelledImages(Images):
         *args, **kwargs # As for `Images`
     ):
         super().__init__(pixels, *args, **kwargs)
+        if not isinstance(labels, Tensor):
+            raise ValueError(f'{self.name}: labels must be a tensor, not {type(labels).__name__}: '
+                             'torch.as_tensor makes one')
         if labels.shape != (len(pixels),):
             raise ValueError(f'{self.name}: {len(pixels)} images need as many labels, '
                              f'not {tuple(labels.shape)}')

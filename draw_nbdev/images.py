@@ -9,6 +9,7 @@ __all__ = ['SUFFIXES', 'split_files', 'set_name', 'image_folder']
 import io, os, unicodedata, warnings, zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
@@ -225,17 +226,20 @@ def image_folder(
     check_split(split)
     if channels not in (None, 1, 3): raise ValueError(f'channels must be 1 or 3, not {channels}')
     if size is not None:
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        if len(size) != 2 or min(size) < 1:
+        size = (size, size) if isinstance(size, Integral) else tuple(size)
+        whole = all(isinstance(side, Integral) for side in size)
+        if len(size) != 2 or not whole or min(size) < 1:
             raise ValueError(f'size must be a number of pixels or (height, width), not {size}')
     with image_files(path) as (files, open_file):
         if not files:
             endings = ', '.join(sorted(SUFFIXES))
             raise ValueError(f'{path}: no images in there; wanted files ending in {endings}')
-        wanted = split_files(list(files))[split]
+        splits = split_files(list(files))
+        files = {name: files[name] for name in sorted(sum(splits.values(), []))}
         sizes, grey, formats = zip(*read_headers(path, files, open_file))
         channels = channels or (1 if all(grey) else 3)
         height, width = size or common_size(path, list(files), sizes)
+        wanted = splits[split]
         if len(wanted) * channels * height * width > MEMORY:
             raise ValueError(f'{path}: {len(wanted)} images of {height} x {width} pixels '
                              'are too many bytes to hold; give a smaller size')

@@ -201,8 +201,7 @@ def make_part(
     "The part that is given or named, or the paper's; raises `ValueError` for an unknown name"
     if isinstance(given, nn.Module):
         if kind == 'cell': raise ValueError('cell must be a factory: the network needs two of them')
-        return given
-    if given is None:
+    elif given is None:
         usual = dict(cell='lstm', likelihood='bernoulli').get(kind)
         usual = usual or ('attentive' if config.attention else 'whole')
         name = getattr(config, f'{kind}_part') or usual
@@ -211,7 +210,10 @@ def make_part(
             raise ValueError(f'no {kind} part {name[:99]!r}: choose one of {known}, '
                              f'put it into PARTS, or hand it over as {kind}=')
         given = PARTS[kind][name]
-    return given(config, *sizes)
+    part = given if isinstance(given, nn.Module) else given(config, *sizes)
+    if kind == 'read' and not hasattr(part, 'features'):
+        raise ValueError(f'{type(part).__name__} has no features, the length of its reading')
+    return part
 
 # %% ../nbs/14_model.ipynb #b67b6f82
 NAMELESS = 'partial', '<lambda>' # What factories without a name of their own are called
@@ -467,13 +469,15 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
     @torch.no_grad()
     def start_from(self,
         mean_image: Tensor, # Mean of the training images, in 0..1, shape (channels, height, width)
-        margin: float = 0.01, # Means are kept this far from 0 and 1
     ) -> 'DRAW': # This network
         "Start c_0 at the canvas of the mean image, so that training need not find it first"
         check_batch(mean_image[None], self.config)
         if not 0 <= mean_image.min() <= mean_image.max() <= 1:
             raise ValueError('the mean of the training images must lie in [0, 1]')
-        canvas = self.likelihood.canvas_of(mean_image.clamp(margin, 1 - margin))
+        if not hasattr(self.likelihood, 'canvas_of'):
+            raise ValueError(f'{type(self.likelihood).__name__} has no method canvas_of, from a '
+                             'mean picture to its canvas, where training begins')
+        canvas = self.likelihood.canvas_of(mean_image.clamp(0.01, 0.99)) # a canvas has no infinity
         self.initial_canvas.copy_(canvas)
         return self
 

@@ -35,8 +35,9 @@ class TrainOptions:
     seed: int = 0 # Of initial weights, order of images and noise
 
     def __post_init__(self):
-        object.__setattr__(self, 'growth', tuple(
-            tuple(stage) if isinstance(stage, list) else stage for stage in self.growth))
+        if isinstance(self.growth, (tuple, list)): # lists, where it comes from a file
+            object.__setattr__(self, 'growth', tuple(
+                tuple(stage) if isinstance(stage, list) else stage for stage in self.growth))
         check_options(self)
 
 # %% ../nbs/60_options.ipynb #b0116c52
@@ -77,9 +78,10 @@ def check_options(
     for name, known in WORDS.items():
         if given[name] not in known:
             raise ValueError(f'no {name} {given[name]!r}: choose one of {", ".join(known)}')
-    if any(not isinstance(stage, tuple) or len(stage) != 2
-           or any(type(number) is not int or number < 1 for number in stage)
-           for stage in o.growth):
+    if not isinstance(o.growth, tuple) or any(
+            not isinstance(stage, tuple) or len(stage) != 2
+            or any(type(number) is not int or number < 1 for number in stage)
+            for stage in o.growth):
         raise ValueError('growth needs pairs of glimpses and epochs, whole and at least 1, '
                          f'got {o.growth}')
     grown = sum(epochs for _, epochs in o.growth)

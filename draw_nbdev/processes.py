@@ -121,6 +121,16 @@ def free_port() -> int:
         found.bind(('127.0.0.1', 0))
         return found.getsockname()[1]
 
+# %% ../nbs/64_processes.ipynb #2d17c951
+def end_after(
+    first: int, # Number of the process that has started this one
+) -> None:
+    "End this process when the first has gone, however that was: nobody would meet it any more"
+    def watch():
+        while os.getppid() == first: time.sleep(1)
+        os._exit(2)
+    threading.Thread(target=watch, daemon=True).start()
+
 # %% ../nbs/64_processes.ipynb #73b94a1d
 def start_other(
     rank: int, # Which process, from 1
@@ -129,7 +139,8 @@ def start_other(
 ) -> subprocess.Popen:
     "Start this command line again for another process"
     same = f'import sys; sys.path[:] = {sys.path!r}' # Python would look in this folder first
-    start = f'{same}; from draw_nbdev.cli import main; main()'
+    after = f'from draw_nbdev.processes import end_after; end_after({os.getpid()})'
+    start = f'{same}; {after}; from draw_nbdev.cli import main; main()'
     command = [sys.executable, '-c', start, *sys.argv[1:]]
     quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
     return subprocess.Popen(command, env={**os.environ, **common, **rank_variables(rank)}, **quiet)

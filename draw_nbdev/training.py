@@ -316,6 +316,9 @@ def check_run(
     task: Task, # What to learn
 ) -> None:
     "Raise `ValueError` for what cannot be run"
+    if not is_dataclass(config) or isinstance(config, type):
+        raise ValueError('config is the sizes of a network, such as preset(NAME), and not '
+                         f'{config!r:.99}')
     if isinstance(task, type):
         raise ValueError(f'give a task, {task.__name__}(), and not its class')
     if not isinstance(options, TrainOptions):
@@ -355,6 +358,9 @@ def check_loading(
     network: type[nn.Module], # What is to load the weights that a run keeps
 ) -> None:
     "Raise `ValueError` where it could not: now, and not after the last epoch"
+    if not hasattr(model, 'save_pretrained'):
+        raise ValueError(f'{type(model).__name__} has no save_pretrained: make it a subclass of '
+                         'Pretrained, as DRAW is, so that what is learned can be kept')
     try:
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             try:

@@ -178,6 +178,16 @@ def test_what_is_trained(config, every, monkeypatch):
     assert given == [config, train_set, valid_set, 'out', options] and task.every_glimpse == every
     assert task.network is (DifferentiableRAM if config is SMALL else Convolutional)
 
+@pytest.mark.parametrize('which', [0, 1])
+def test_a_class_too_many_is_refused_before_training(which, tmp_path):
+    "In either set, and not only when its image is met"
+    sets = [LabelledImages(pictures().pixels.float() / 255, torch.arange(7) % (3 + (k == which)),
+                           'seven', split) for k, split in enumerate(('train', 'valid'))]
+    options = TrainOptions(epochs=1, batch_size=2)
+    with pytest.raises(ValueError, match='class 3 does not fit a network for classes 0 to 2'):
+        train_classifier(replace(SMALL, classes=3), *sets, tmp_path / 'run', options)
+    assert not (tmp_path / 'run').exists()
+
 def test_misfits_in_one_line():
     "Bytes, too few classes, no rows, what has no labels: refused, in one line each"
     model, data = random_network().float(), pictures()

@@ -168,9 +168,13 @@ def test_options_of_drawing(options, count, glimpses, seed, weights):
 def test_options_of_the_demonstration(options, model, port, spy, capsys):
     "The network that comes first, and the port; Ctrl-C closes the server"
     closed = []
-    def interrupt(): raise KeyboardInterrupt
-    server = SimpleNamespace(server_port=4321, serve_forever=interrupt,
-                             server_close=lambda: closed.append(True))
+    class Server:
+        "Interrupted as soon as it serves"
+        server_port = 4321
+        def serve_forever(self): raise KeyboardInterrupt
+        def __enter__(self): return self
+        def __exit__(self, *_): closed.append(True)
+    server = Server()
     written = spy(demo, 'live_files', lambda given: given['out'])
     made = spy(demo, 'make_server', server)
     draw(f'demo {options}')
@@ -178,6 +182,11 @@ def test_options_of_the_demonstration(options, model, port, spy, capsys):
     assert made.calls == [dict(folder=written.calls[0]['out'], port=port)]
     assert closed and 'http://127.0.0.1:4321/' in capsys.readouterr().out
 
+
+def test_a_port_that_is_none_is_refused_at_once(spy):
+    written = spy(demo, 'live_files', None)
+    with pytest.raises(ValueError, match='port 99999 cannot be used'): draw('demo --port 99999')
+    assert not written.calls
 
 # ---- draw reproduce, draw benchmark
 

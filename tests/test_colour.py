@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10
 from draw_nbdev import archives, colour, data
 from draw_nbdev.archives import SVHN_SHA256, find_parts
 from draw_nbdev.cifar import cifar10
-from draw_nbdev.colour import crop_number, digit_boxes, grown_box, house_numbers, svhn
+from draw_nbdev.colour import PatchImages, crop_number, digit_boxes, grown_box, house_numbers, svhn
 from draw_nbdev.data import SPLITS
 from draw_nbdev.data_sets import find
 from draw_nbdev.images import image_folder
@@ -189,11 +189,12 @@ def test_paper_split(monkeypatch):
     monkeypatch.setattr(colour, 'find_parts', lambda path: {part: path for part in counts})
     monkeypatch.setattr(colour, 'part_checksum', lambda place: '')
     def fake_crops(place, part, *more):
-        return np.full((counts[part], 1, 1, 1), 10 * list(counts).index(part), np.uint8)
+        return np.full((counts[part], 3, 1, 1), 10 * list(counts).index(part), np.uint8)
     monkeypatch.setattr(colour, 'read_crops', fake_crops)
-    monkeypatch.setattr(colour, 'CROP', 54)   # so that there is no edge to cut off
+    monkeypatch.setattr(colour, 'CROP', 1)   # so that there is no edge to cut off
+    monkeypatch.setattr(colour, 'PATCH', 1)
     counted = {
-        split: house_numbers('.', split).pixels.flatten().bincount(minlength=21)[::10].tolist()
+        split: house_numbers('.', split).pixels[:, 0].flatten().bincount(minlength=21)[::10].tolist()
         for split in SPLITS
     }
     assert counted == {
@@ -724,3 +725,14 @@ def test_sample(places):
         o.numpy().tobytes() for o in sets[2].pixels
     }
     assert len(plain) == 500 and len(same) > 250
+
+@pytest.mark.parametrize('shape', [(2, 3, 6, 6), (2, 1, 64, 64), (2, 3, 64, 53)])
+def test_patches_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match='few: patches of 3 x 54 x 54 do not fit into images of'):
+        PatchImages(torch.rand(shape), 'few', 'train')
+
+def test_patches_by_a_mask():
+    images = PatchImages(torch.rand(3, 3, 60, 60), 'few', 'train')
+    chosen = torch.tensor([True, False, True])
+    assert torch.equal(images.batch(chosen), images.batch([0, 2]))
+    assert torch.equal(images.batch([-1]), images.batch([2]))

@@ -146,6 +146,9 @@ def test_frozen_splits(numbered):
 def test_labels_must_fit():
     with pytest.raises(ValueError, match='3 images need as many labels'):
         LabelledImages(torch.zeros(3, 1, 2, 2), torch.zeros(2), 'short', 'train')
+    for labels in ([0, 1, 2], np.arange(3)):
+        with pytest.raises(ValueError, match='labels must be a tensor, not'):
+            LabelledImages(torch.zeros(3, 1, 2, 2), labels, 'list', 'train')
     with pytest.raises(ValueError, match='do not fit on a canvas of 9 x 10'):
         FreshDigits(
             draw_two_digits, (9, 10), some_digits(), torch.zeros(9, dtype=torch.long),

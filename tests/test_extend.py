@@ -8,14 +8,14 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import distributions, nn
 import draw_nbdev.model as model_module
-from draw_nbdev import loading
+from draw_nbdev import cli, loading, plots
 from draw_nbdev.attention import AttentiveRead, AttentiveWrite, read_patch
 from draw_nbdev.checkpoints import differences, read_metrics, read_run
 from draw_nbdev.classifier import (NETWORKS, ClassifyTask, Convolutional, ConvolutionalConfig,
@@ -53,6 +53,57 @@ def test_a_folder_named_like_packaged_weights(tmp_path, monkeypatch):
         assert DRAW.from_pretrained(place).config == SMALL
     with pytest.raises(ValueError, match='write ./mnist'): find_weights('mnist')
     assert find_weights('two_digits').is_absolute() # no such folder here
+
+def test_what_a_part_or_a_task_lacks(tmp_path):
+    "One line that names it, where an AttributeError would come from far away"
+    class Blind(nn.Module):
+        def forward(self, images, errors, hidden): return images.flatten(1), None
+    class Pixels(nn.Module):
+        def forward(self, canvas): return distributions.Normal(canvas, 1., validate_args=False)
+    class Bare(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.weight = config, nn.Parameter(torch.ones(()))
+    class Plain(Task):
+        network = Bare
+        def start(self, config, train_set): return Bare(config)
+    with pytest.raises(ValueError, match='Blind has no features'):
+        DRAW(SMALL, read=Blind())
+    with pytest.raises(ValueError, match='Pixels has no method canvas_of'):
+        DRAW(SMALL, likelihood=Pixels()).start_from(toy().mean())
+    with pytest.raises(ValueError, match='Bare has no save_pretrained'):
+        train(SMALL, toy(), toy('valid'), tmp_path / 'run', QUICK, Plain())
+    for config in ('mnist', None, DRAWConfig):
+        with pytest.raises(ValueError, match='config is the sizes of a network'):
+            train(config, toy(), toy('valid'), tmp_path / 'run', QUICK)
+    assert not (tmp_path / 'run/state-00000001').exists()
+
+def test_pictures_of_a_network_with_windows_of_another_kind(tmp_path):
+    "Drawn without frames by the command; drawing frames says what is missing"
+    class Round(NamedTuple):
+        radius: torch.Tensor
+    class RoundWrite(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.shape = config.channels, config.height, config.width
+            self.layer = nn.Linear(config.hidden_size, config.height * config.width)
+        def forward(self, hidden):
+            return self.layer(hidden).view(-1, *self.shape), Round(hidden[:, 0])
+    PARTS['write']['round'] = RoundWrite
+    try:
+        DRAW(replace(SMALL, channels=1, write_part='round')).save_pretrained(tmp_path / 'own')
+        cli.generate_command(str(tmp_path / 'own'), 4, None, tmp_path / 'drawing', 0)
+        drawing = DRAW.from_pretrained(tmp_path / 'own').generate(1)
+        with pytest.raises(ValueError, match='center_x.* and these do not'):
+            plots.sequence_grid(drawing.canvases.sigmoid(), drawing.windows, 3)
+    finally: del PARTS['write']['round']
+    assert (tmp_path / 'drawing/sequence.png').is_file()
+
+def test_nothing_is_written_for_images_that_cannot_be_shown(tmp_path):
+    DRAW(SMALL).save_pretrained(tmp_path / 'own') # of two channels
+    with pytest.raises(ValueError, match='1 or 3'):
+        cli.generate_command(str(tmp_path / 'own'), 4, None, tmp_path / 'drawing', 0)
+    assert not (tmp_path / 'drawing').exists()
 
 def test_a_part_exchanged_after_construction(tmp_path):
     model = DRAW(SMALL)

@@ -5,13 +5,14 @@ a GPU: DRAW_TEST_GPU=1 pytest tests/test_graph.py
 """
 import gc, shutil, threading, time, warnings, weakref
 from dataclasses import replace
+from functools import partial
 import pytest
 import torch
 from draw_nbdev import compiled as module
 from draw_nbdev.compiled import can_compile, compiled_scan
 from draw_nbdev.graph import Captured, prepared
 from draw_nbdev.loss import bound
-from draw_nbdev.model import DRAW, DRAWConfig
+from draw_nbdev.model import DRAW, DRAWConfig, LSTMCell
 from draw_nbdev.scan import fused_scan
 
 SMALL = DRAWConfig(height=5, width=7, channels=3, glimpses=3, hidden_size=6, latent_size=3,
@@ -95,6 +96,36 @@ def test_the_model_takes_it_by_name(as_written, monkeypatch):
     assert len(called) == 3 # the fused scan took these
     with pytest.raises(ValueError, match='choose fused, compiled or reference'):
         DRAW(SMALL, scan='other')
+
+def test_layer_norms_of_a_cell_that_was_handed_over(as_written):
+    "They are no word of the configuration, and count all the same"
+    def normed(c, size): return LSTMCell(size, c.hidden_size, layer_norm=True)
+    model, data = network(SMALL, cell=normed), inputs(2, 3)
+    assert model.unchanged() and not model.config.layer_norm
+    torch.testing.assert_close(learned(compiled_scan, model, *data),
+                               learned(definition, model, *data))
+
+def test_backward_pass_inside_autocast(as_written):
+    "It is that of the pass forward, whatever surrounds it"
+    model, data = network(SMALL, torch.float32), inputs(2, 3, torch.float32)
+    outside, inside = (compiled_scan(model, *data)[0] for _ in range(2))
+    expected = torch.autograd.grad(outside.sum(), model.encoder.gates.weight)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = torch.autograd.grad(inside.sum(), model.encoder.gates.weight)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+def test_a_tenth_size_is_compiled_too(monkeypatch):
+    "By default the compiler would give up at the ninth"
+    graphs = []
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=count))
+    module.compiled.cache_clear()
+    try:
+        for batch in range(1, 11): compiled_scan(network(WHOLE), *inputs(batch, 1))
+    finally: module.compiled.cache_clear()
+    assert len(graphs) == 10
 
 def test_a_pass_leaves_nothing_behind(monkeypatch):
     "A node that held what it returned would stay; a captured update would meet it on its stream"

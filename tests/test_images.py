@@ -57,6 +57,35 @@ def test_zip_is_read_like_the_folder(tmp_path):
         assert len(a) == count and a.shape == (1, 5, 7) and a.checksum == b.checksum
 
 
+@pytest.mark.parametrize('stray', ['colour', 'size', 'broken'])
+def test_images_that_are_left_out_decide_nothing(tmp_path, stray):
+    "Neither channels nor size, nor whether the others can be read"
+    for split in SPLITS: save(tmp_path, f'{split}/a.png')
+    if stray == 'colour': save(tmp_path, 'cover.png', 'RGB', value=(9, 99, 199))
+    elif stray == 'size': save(tmp_path, 'cover.png', size=(60, 40))
+    else: (tmp_path / 'cover.png').write_bytes(b'no picture')
+    with pytest.warns(UserWarning, match='cover.png and 0 more images are left out'):
+        images = image_folder(tmp_path, 'train')
+    assert len(images) == 1 and images.shape == (1, 4, 6)
+
+def test_a_name_that_could_be_two(tmp_path, monkeypatch):
+    "A zip of the data folder and a folder here: asked for by path, or refused"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('DRAW_DATA', str(tmp_path / 'data'))
+    for i in range(3):
+        save(tmp_path / 'pics', f'{i}.png')
+        save(tmp_path / 'packed', f'{i}.png', value=7)
+    (tmp_path / 'data').mkdir()
+    with zipfile.ZipFile(tmp_path / 'data/pics.zip', 'w') as archive:
+        for path in (tmp_path / 'packed').iterdir(): archive.write(path, path.name)
+    assert find('./pics', 'train').pixels.unique().tolist() == [100]
+    assert find(Path('pics'), 'train').pixels.unique().tolist() == [100]
+    with pytest.raises(ValueError, match=r'pics is here, and .*pics.zip has .*: write ./pics'):
+        find('pics', 'train')
+    (tmp_path / 'pics').rename(tmp_path / 'other')
+    assert find('pics', 'train').pixels.unique().tolist() == [7]
+    with pytest.raises(ValueError, match='no data set and no path is given'): find('', 'train')
+
 def test_missing_valid_is_cut_from_train(tmp_path):
     for i in range(30): save(tmp_path, f'train/{i}.png', value=i)
     for i in range(4): save(tmp_path, f'test/{i}.png', value=200 + i)

@@ -56,7 +56,7 @@ def test_recipes():
     dict(epochs=5, growth=((4, 5),)), dict(epochs=5, growth=((4, 2), (8, 3))),
     dict(growth=((0, 2),)), dict(growth=((4, 0),)), dict(growth=((4, 1, 1),)),
     dict(growth=((1.5, 2),)), dict(every_glimpse='no'), dict(every_glimpse=1),
-    dict(precision=None), dict(epochs=None),
+    dict(growth=None), dict(precision=None), dict(epochs=None),
     dict(average=None), dict(learning_rate=None)], ids=str)
 def test_refused(wrong):
     "In one line that names the option"

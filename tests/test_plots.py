@@ -101,3 +101,10 @@ def test_curves_need_no_display(tmp_path):
     with Image.open(tmp_path / 'curves.png') as image:
         assert image.getpixel((0, 0))[:3] == (255, 255, 255)
     assert (tmp_path / 'curves.svg').read_text().rstrip().endswith('</svg>')
+
+
+@pytest.mark.parametrize('name', ['a.psd', 'a.xyz', 'a'])
+def test_a_format_that_cannot_be_written(tmp_path, name):
+    "Pillow reads more formats than it writes"
+    with pytest.raises(ValueError, match='end the name in .png or .gif'): save(OLD, tmp_path / name)
+    assert not os.listdir(tmp_path)

@@ -128,6 +128,14 @@ def test_stopped_and_started_again(what, folder, whole):
     for a, b in zip(weights(folder, out).values(), weights(folder, 'whole').values(), strict=True):
         assert torch.equal(a, b)
 
+def test_killed_before_they_meet(folder):
+    "The other process does not wait for ever for one that has gone"
+    process = draw(folder, 'early', EPOCHS)
+    until(lambda: others(process))
+    process.kill()
+    assert end(process)[0] == -signal.SIGKILL # `end` sees whether any is left
+    assert not (folder / 'early').exists()
+
 def test_errors_come_once(folder, whole):
     "What is wrong is said in one line by the first process, and nothing is started or written"
     before = sorted(folder.rglob('*'))

@@ -72,7 +72,7 @@ def test_commands_of_results(name, record):
 @pytest.mark.parametrize(
     'changes',
     [
-        {}, dict(epochs=7, growth=((4, 3),)), dict(clip_norm=None, average=0.5),
+        {}, dict(epochs=7, growth=((4, 3),)), dict(clip_norm=None, average=0.9999999),
         dict(seed=3, decay=0.25, rate_warmup=0), dict(every_glimpse=True),
         dict(optimizer='adam', learning_rate=1e-4, final_rate=0.5),
         dict(layer_norm=True, hidden_size=24),
@@ -316,6 +316,44 @@ def test_half_precision_of_packaged_weights(cost, halved, tool, tmp_path, monkey
     loaded = DRAW.from_pretrained(out).state_dict()
     for name, value in DRAW.from_pretrained(tmp_path / 'run').state_dict().items():
         torch.testing.assert_close(loaded[name].float(), value, rtol=1e-3, atol=1e-4)
+
+def test_packaged_weights_stay_until_others_are_complete(tool, tmp_path, monkeypatch):
+    package = tool('package')
+    monkeypatch.chdir(tmp_path)
+    def score(network, *_):
+        if score.calls: raise KeyboardInterrupt
+        score.calls = True
+        return 3.
+    score.calls = False
+    for name, value in dict(PRETRAINED=tmp_path / 'pretrained', score=score,
+                            find=lambda *_: None).items():
+        monkeypatch.setattr(package, name, value)
+    finished(tmp_path / 'run')
+    (tmp_path / 'pretrained/mnist').mkdir(parents=True)
+    (tmp_path / 'pretrained/mnist/model.safetensors').write_bytes(b'the old ones')
+    with pytest.raises(KeyboardInterrupt): package.package(tmp_path / 'run', 'mnist')
+    there = [p for p in (tmp_path / 'pretrained').rglob('*') if p.is_file()]
+    assert [p.name for p in there] == ['model.safetensors']
+    assert there[0].read_bytes() == b'the old ones'
+
+@pytest.mark.parametrize('line, said', [
+    ('record.py run mnist', 'has test values, which must not be lost'),
+    ('record.py run mnits', "'mnits' does not begin with the name of a network"),
+    ('use_test_set.py mnist', 'has its test values'),
+    ('unpack.py cluttered_8 there', 'holds a network of type'),
+    ('again.py run mnits', 'No such file')])
+def test_what_a_tool_refuses(line, said, tmp_path):
+    "In one line, with exit code 2 and nothing written"
+    finished(tmp_path / 'run')
+    (tmp_path / 'results').mkdir()
+    (tmp_path / 'results/mnist.json').write_text('{"test": {"bound": 80.0}}')
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    script, *arguments = line.split()
+    done = subprocess.run([sys.executable, ROOT / 'tools' / script, *arguments], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert said in done.stderr.splitlines()[-1]
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
 
 @pytest.mark.parametrize('name, network', [
     ('mnist', 'mnist'), ('mnist_150_epochs', 'mnist'), ('svhn_sample', 'svhn'),

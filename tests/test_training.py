@@ -1092,6 +1092,16 @@ def test_other_settings_are_refused(different, named, undisturbed, tmp_path):
     )
     assert times() == before
 
+def test_other_files_are_no_damage(undisturbed, tmp_path):
+    "What a file manager or a notebook leaves in the folders of a run"
+    run = shutil.copytree(undisturbed, tmp_path / 'run')
+    state = next(run.glob('state-*'))
+    (state / '.DS_Store').write_bytes(b'here')
+    for place in (state, run / 'best'): (place / '.ipynb_checkpoints').mkdir()
+    toy_train(run)
+    toy_train(run, replace(OPTIONS, epochs=4))
+    assert max(row['epoch'] for row in read_metrics(run)) == 3
+
 def test_a_run_that_left_nothing_is_no_obstacle(tmp_path):
     "Options that failed before the first state can be put right in the same folder"
     with pytest.raises(InterruptedError):

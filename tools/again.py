@@ -61,7 +61,8 @@ if __name__ == '__main__':
     parser.add_argument('name')
     arguments = parser.parse_args()
     rows = {(row['name'], row['value']): row for row in json.loads(OUT.read_text(encoding='utf-8'))} if OUT.is_file() else {}
-    row = again(arguments.folder, arguments.name)
+    try: row = again(arguments.folder, arguments.name)
+    except (ValueError, OSError) as error: parser.error(str(error))
     rows[row['name'], row['value']] = row
     write_text(OUT, json.dumps([rows[key] for key in sorted(rows)], indent=1) + '\n')
     print(json.dumps(row, indent=1))

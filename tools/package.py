@@ -5,7 +5,7 @@
 
 Weights are stored in half precision where that moves the value on validation images by less than the limits below, else as they are.
 The curve of the run goes along, thinned, and a model card (tools/cards.py)."""
-import argparse, json
+import argparse, json, tempfile
 from pathlib import Path
 from cards import card
 from safetensors.torch import load_file, save_file
@@ -52,19 +52,23 @@ def package(
     kind, load = ('bound', DRAW.from_pretrained) if isinstance(experiment.full.config, DRAWConfig) else ('error', load_classifier)
     model, valid, out = load(run), find(experiment.data, 'valid'), PRETRAINED / name
     history = json.loads((run / 'best/training.json').read_text(encoding='utf-8'))
-    out.parent.mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True, parents=True)
     before = score(model, valid, kind)
-    save_weights(model, out, history)
-    whole, file = load_file(out / 'model.safetensors'), out / 'model.safetensors'
-    metadata = {'format': 'pt', 'draw_nbdev': history['version'], 'train': history['data']['train']} # the checksum of what was learned from
-    save_file({key: value.half() for key, value in whole.items()}, file, metadata)
-    moved = abs(score(load(out), valid, kind) - before)
-    if moved >= LIMITS[kind]: save_file(whole, file, metadata)
-    file.chmod((out / 'config.json').stat().st_mode)
-    history['half_precision'] = {'used': moved < LIMITS[kind], 'moves_valid_by': moved}
-    write_json(out / 'training.json', history)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder: # what is packaged stays until its successor is complete
+        made = Path(folder)
+        save_weights(model, made, history)
+        whole, file = load_file(made / 'model.safetensors'), made / 'model.safetensors'
+        metadata = {'format': 'pt', 'draw_nbdev': history['version'], 'train': history['data']['train']} # the checksum of what was learned from
+        save_file({key: value.half() for key, value in whole.items()}, file, metadata)
+        moved = abs(score(load(made), valid, kind) - before)
+        harmless = moved < LIMITS[kind] # not so, if it is not a number
+        if not harmless: save_file(whole, file, metadata)
+        file.chmod((made / 'config.json').stat().st_mode)
+        history['half_precision'] = {'used': harmless, 'moves_valid_by': moved}
+        write_json(made / 'training.json', history)
+        write_text(made / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in thinned(read_metrics(run))))
+        for part in sorted(made.iterdir()): part.replace(out / part.name)
     write_text(out / 'README.md', card(name))
-    write_text(out / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in thinned(read_metrics(run))))
     print(f'{out.relative_to(Path.cwd())}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB, valid {before:.4f}, half precision moves it by {moved:.4f}')
 
 if __name__ == '__main__':

@@ -25,11 +25,16 @@ def command(
     "What makes the same run again: the network, and what differs from the recipe that is nearer"
     config, recorded = history['config'], {**asdict(TrainOptions()), **history['options']}
     networks = CLASSIFIERS if name.startswith('cluttered') else PRESETS
-    network = max((n for n in networks if name.startswith(n)), key=len)
+    network = max((n for n in networks if name.startswith(n)), key=len, default=None)
+    if network is None: raise ValueError(f'{name!r} does not begin with the name of a network: {", ".join(networks)}')
     sizes = {key: value for key, value in config.items() if value != asdict(networks[network])[key]}
     flags = min((flags_for(recorded, config, sizes, network, kind, 'segments' in history) for kind in ('own', 'paper')), key=len)
     images = [] if networks is CLASSIFIERS or history['data']['name'] in DATA_SETS else ['--images', history['data']['name'] + '.zip']
     return ' '.join(['draw', 'classify' if networks is CLASSIFIERS else 'train', network, *images, *flags])
+
+def told(value: float) -> str:
+    "As short as it can be without being another number"
+    return short if float(short := f'{value:g}') == value else repr(value)
 
 def flags_for(recorded, config, sizes, network, kind, chosen):
     "Options of the command line for everything that a recipe does not say; `chosen`: precision auto has been tried out, and the hardware has chosen"
@@ -44,7 +49,7 @@ def flags_for(recorded, config, sizes, network, kind, chosen):
         given['glimpses'] = ','.join(f'{glimpses}:{epochs}' for glimpses, epochs in stages)
     apart = 'epochs', 'growth', 'log_every', 'save_every', 'every_glimpse', *(['precision'] if chosen and usual.precision == 'auto' else [])
     given |= {key: value for key, value in asdict(options).items() if value != getattr(usual, key) and key not in apart}
-    words = [word for key, value in given.items() for word in (f'--{key.replace("_", "-")}', 'none' if value is None else f'{value:g}' if isinstance(value, float) else str(value))]
+    words = [word for key, value in given.items() for word in (f'--{key.replace("_", "-")}', 'none' if value is None else told(value) if isinstance(value, float) else str(value))]
     if options.every_glimpse != usual.every_glimpse: words.append('--every-glimpse' if options.every_glimpse else '--no-every-glimpse')
     return (['--recipe', 'paper'] if kind == 'paper' else []) + words + switches
 
@@ -87,7 +92,11 @@ if __name__ == '__main__':
     parser.add_argument('run', type=Path)
     parser.add_argument('name')
     arguments = parser.parse_args()
-    out, result = Path('results') / f'{arguments.name}.json', record(arguments.run, arguments.name)
+    out = Path('results') / f'{arguments.name}.json'
+    if out.is_file() and 'test' in json.loads(out.read_text(encoding='utf-8')):
+        parser.error(f'{out} has test values, which must not be lost: give that result, and its file, another name first')
+    try: result = record(arguments.run, arguments.name)
+    except (ValueError, OSError) as error: parser.error(str(error))
     if result['data'] == 'mnist_fixed' and result['config']['attention']:
         result['read_path'] = read_path(DRAW.from_pretrained(arguments.run / 'best'), find('mnist_fixed', 'valid')).tolist()
     write_text(out, json.dumps(result, indent=1) + '\n')

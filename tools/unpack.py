@@ -20,6 +20,7 @@ def unpack(
     run: Path, # Folder to make; raises `ValueError` if it holds something
 ):
     "What `train` finds where it has been interrupted"
+    model = DRAW.from_pretrained(name)
     history = json.loads((PRETRAINED / name / 'training.json').read_text(encoding='utf-8'))
     del history['half_precision']
     if run.exists(): raise ValueError(f'{run} exists: choose another folder')
@@ -27,7 +28,6 @@ def unpack(
     write_json(run / 'run.json', {key: history[key] for key in names if key in history})
     curve = (PRETRAINED / name / 'metrics.jsonl').read_text(encoding='utf-8')
     write_text(run / 'metrics.jsonl', curve)
-    model = DRAW.from_pretrained(name)
     save_weights(model, run / 'best', history)
     unpacked = {'weights': name, 'epochs': history['epochs'], 'sha256': sha256(PRETRAINED / name / 'model.safetensors')}
     result = Path(f'results/{name}.json')
@@ -47,4 +47,5 @@ if __name__ == '__main__':
     parser.add_argument('name')
     parser.add_argument('run', type=Path)
     arguments = parser.parse_args()
-    unpack(arguments.name, arguments.run)
+    try: unpack(arguments.name, arguments.run)
+    except (ValueError, OSError) as error: parser.error(str(error))

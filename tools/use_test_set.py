@@ -44,6 +44,7 @@ if __name__ == '__main__':
     file = Path('results') / f'{parser.parse_args().name}.json'
     if not file.is_file(): parser.error(f'there is no {file}: tools/record.py writes it')
     result = json.loads(file.read_text(encoding='utf-8'))
+    if 'test' in result: parser.error(f'{file} has its test values: they are measured once, and tools/again.py compares')
     test_set = find(result['data'], 'test')
     result['checksums']['test'] = test_set.checksum
     made = tested(result, test_set) | {'tested_on': machine(torch.device('cpu'))}

@@ -36,7 +36,7 @@ TESTS = { # Of each module, quick ones first; its notebook comes after them
         'test_training.py', 'test_processes.py -k "script or agree"',
     ],
     'checkpoints': [
-        'test_extend.py -k differ', 'test_training.py -k "segments or refused or alone or shape or epochs or belong or finite"',
+        'test_extend.py -k differ', 'test_training.py -k "segments or refused or alone or shape or epochs or belong or finite or damage"',
         'test_training.py',
     ],
     'processes': ['test_processes.py'],

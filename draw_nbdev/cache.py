@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 from urllib.request import urlopen
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .files import md5, one_line, replacing
 
 # %% ../nbs/81_cache.ipynb #a0286f8e

@@ -151,8 +151,7 @@ def check_folder(
     if not out.exists() or (out / marker).is_file(): return
     def left(file): return file.name == LOCK or is_partial(file) # by a run that was stopped at once
     if out.is_dir() and all(left(file) for file in out.iterdir()): return
-    raise ValueError(f'{out} exists and is not a folder with a {marker}: '
-                     'choose another --out, or remove it')
+    raise ValueError(f'{out} holds something else, and no {marker}: choose another --out')
 
 # %% ../nbs/63_checkpoints.ipynb #7f75ff4b
 def read_run(
@@ -311,13 +310,15 @@ class Log:
         split: str, # train or valid
         glimpses: int, # Steps, T
         **values, # Numbers, or lists of them
-    ) -> None:
+    ) -> dict: # The row that was written
+        "A row of metrics"
         row = dict(step=step, epoch=epoch, split=split, glimpses=glimpses, **values)
         self.file.write(json.dumps(row) + '\n')
         self.file.flush()
         for name, value in row.items():
             if name not in ('step', 'epoch') and isinstance(value, (int, float)):
                 self.board.add_scalar(f'{split}/{name}', value, step)
+        return row
 
     def close(self) -> None:
         "Close both, and end TensorBoard's thread"

@@ -54,7 +54,7 @@ class ClassifierOutput(NamedTuple):
     every: Tensor # The same after every glimpse, shape (glimpses, batch, classes)
 
 # %% ../nbs/28_classifier.ipynb #345866e1
-class DifferentiableRAM(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
+class DifferentiableRAM(nn.Module, Pretrained, library_name='draw_nbdev',
                         paper_url='https://arxiv.org/abs/1502.04623'):
     "An LSTM that looks at an image through a window of its own choice, and then names a class"
     model_type = 'differentiable_ram'
@@ -136,7 +136,7 @@ class ConvolutionalConfig:
                              f'of {self.height} x {self.width}')
 
 # %% ../nbs/28_classifier.ipynb #b21a34cc
-class Convolutional(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
+class Convolutional(nn.Module, Pretrained, library_name='draw_nbdev',
                     paper_url='https://arxiv.org/abs/1406.6247'):
     "A convolution and a fully connected layer, the baseline of Mnih et al. 2014"
     model_type = 'convolutional'
@@ -343,13 +343,14 @@ def train_classifier(
     valid_set: Images, # Labelled images to choose by
     out: str | Path, # Folder of the run; one that was interrupted goes on
     options: TrainOptions = RECIPES['cluttered_8'], # Everything else
+    report: Callable[[dict], None] = lambda row: None, # Gets each row of validation, as in metrics
 ) -> nn.Module: # Weights of the lowest validation error; `ValueError` for what cannot be run
     "Minimise the cross-entropy and keep the averaged weights that do best on validation images"
     for data in (train_set, valid_set):
         check_labelled(data)
         if hasattr(data, 'labels'): check_classes(data.labels, config.classes)
     task = ClassifyTask(network_for(config), options.every_glimpse)
-    return train(config, train_set, valid_set, out, options, task)
+    return train(config, train_set, valid_set, out, options, task, report)
 
 # %% ../nbs/28_classifier.ipynb #143cbb95
 @torch.no_grad()

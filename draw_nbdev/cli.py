@@ -6,9 +6,10 @@
 __all__ = ['app', 'main']
 
 # %% ../nbs/40_cli.ipynb #8bc996f0
-import inspect, json, os, signal, sys, tempfile, threading
+import inspect, json, os, signal, sys, tempfile, threading, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,8 @@ from .processes import launched, leads, process_count, processes
 # %% ../nbs/40_cli.ipynb #b89f5a25
 app = typer.Typer(help='DRAW, a recurrent neural network that generates images in steps: '
                        'train it, evaluate it, watch it draw.',
-                  add_completion=False, rich_markup_mode=None)
+                  add_completion=False, rich_markup_mode=None,
+                  context_settings={'help_option_names': ['-h', '--help']})
 
 # %% ../nbs/40_cli.ipynb #cdd1f65d
 def option(
@@ -230,22 +232,24 @@ def run(
     describe: Callable[[dict], str], # What a row of validation says
     count: int, # Processes
 ): # The trained network
-    "Train; say what is about to be done, what came out of each epoch, and where the weights are"
-    from draw_nbdev.checkpoints import read_metrics, saved_step
+    "Train; say what is about to be done, what comes out of each epoch, and where the weights are"
+    from tqdm import tqdm
+    from draw_nbdev.checkpoints import saved_step
     def say(text, err=False):
         if leads(): typer.echo(text, err=err)
     updates = len(train_set) // options.batch_size
     if launched(): count = int(os.environ['WORLD_SIZE'])
     say(f'{train_set}\n{config}\n{options}\n{options.epochs} epochs of {updates} updates, '
         f'{count} process{"es" * (count > 1)}, into {out}', err=True)
+    def report(row):
+        with tqdm.external_write_mode(): say(f'epoch {row["epoch"] + 1}: {describe(row)}')
     to_start = 1 if launched() else count
     try:
-        with processes(to_start): network = train(config, train_set, valid_set, out, options)
+        with processes(to_start):
+            network = train(config, train_set, valid_set, out, options, report=report)
     except KeyboardInterrupt:
         raise Interrupted('interrupted; the same command goes on from the last saved state, '
                           f'after update {saved_step(out)}') from None
-    for row in read_metrics(out):
-        if row['split'] == 'valid': say(f'epoch {row["epoch"] + 1}: {describe(row)}')
     say(f'weights: {out / "best"}')
     return network
 
@@ -267,7 +271,8 @@ def tell_recipes(
     return '\n'.join(lines)
 
 # %% ../nbs/40_cli.ipynb #0f8ad9be
-@app.command('train', epilog=tell_recipes(name for name in RECIPES if 'cluttered' not in name))
+@app.command('train', short_help='Train a network by its recipe.',
+             epilog=tell_recipes(name for name in RECIPES if 'cluttered' not in name))
 @with_choices({**CHOICES, **DRAWING})
 def train_command(
     preset: Annotated[str, typer.Argument(
@@ -328,7 +333,8 @@ def say_error(
     typer.echo(f'cross-entropy   {result.cross_entropy:8.3f} nats per image')
 
 # %% ../nbs/40_cli.ipynb #b0df00b8
-@app.command('classify', epilog=tell_recipes(name for name in RECIPES if 'cluttered' in name))
+@app.command('classify', short_help='Train a classifier of cluttered MNIST.',
+             epilog=tell_recipes(name for name in RECIPES if 'cluttered' in name))
 @with_choices({**CHOICES, **READING})
 def classify_command(
     preset: Annotated[str, typer.Argument(
@@ -419,7 +425,7 @@ NO_NUMBERS = ('what {} computes is not finite: its weights are damaged, '
               'or come from a training that failed')
 
 # %% ../nbs/40_cli.ipynb #0787fd70
-@app.command('evaluate')
+@app.command('evaluate', short_help='Bound over a data set, or error of a classifier.')
 def evaluate_command(
     model: MODEL,
     data: DATA = None,
@@ -457,9 +463,9 @@ def evaluate_command(
     if history and history.is_file(): trained_on = data_of(history)
     known = trained_on in DATA_SETS or find_file(f'{trained_on}.zip')
     if not known and data is None and images is None:
-        raise ValueError(f'{model} was trained on {trained_on}, and {trained_on}.zip is not in '
-                         'the data folder (draw data names it): put it there, or give --data '
-                         'or --images')
+        raise ValueError(f'{model} was trained on {trained_on}, which is none of the data sets '
+                         f'and not {trained_on}.zip in the data folder either: give its pictures '
+                         'again, --images FOLDER, or another set, --data NAME')
     found = find_data(data, images, size, split, trained_on)
     if draws: result = evaluate(network, found, glimpses, seeds, samples, limit)
     else: result = classification_error(network, found, glimpses, limit)
@@ -470,7 +476,7 @@ def evaluate_command(
     (say_bound if draws else say_error)(result)
 
 # %% ../nbs/40_cli.ipynb #406f2a2f
-@app.command('generate')
+@app.command('generate', short_help='Draw samples, and show how they come about.')
 def generate_command(
     model: MODEL,
     count: Annotated[int, typer.Option(help='Number of images.')] = 64,
@@ -545,7 +551,7 @@ def reproduce_command(
     typer.echo(reproduce(out, scale, seed, say=lambda line: typer.echo(line, err=True)))
 
 # %% ../nbs/40_cli.ipynb #bfe5d6bb
-@app.command('benchmark')
+@app.command('benchmark', short_help='Training images/s, here and at best.')
 def benchmark_command(
     preset: option(list[str], 'Sizes to measure; several times. Default: mnist.') = None,
     batch: option(list[int], 'Images in a batch; several times. Default: 100, 256.') = None,
@@ -577,15 +583,26 @@ def benchmark_command(
     if json_file: write_json(json_file, rows)
 
 # %% ../nbs/40_cli.ipynb #cb2d72c8
-@app.command('data')
+@app.command('data', short_help='List the data sets and the packaged weights.')
 def data_command():
-    "List the data sets: where they are, or what to put where."
+    "List the data sets: where they are, or what to put where; and the packaged weights."
     from draw_nbdev.cache import data_root
     from draw_nbdev.data_sets import DATA_SETS
+    from draw_nbdev.loading import PRETRAINED
     typer.echo(f'Data folder: {data_root()} (set DRAW_DATA to choose another)')
     for entry in DATA_SETS.values():
         typer.echo(f'\n{entry.name}: {entry.images}\n  {entry.state()}\n'
                    f'  {entry.size}; licence: {entry.licence}')
+    names = sorted(file.parent.name for file in PRETRAINED.glob('*/config.json'))
+    typer.echo(f'\nPackaged weights, for evaluate, generate and demo: {", ".join(names)}')
+
+# %% ../nbs/40_cli.ipynb #982b33b2
+@lru_cache(None)
+def tell_once(
+    text: str, # A warning
+) -> None:
+    "In a line, as an error is; where it was raised is for developers"
+    typer.echo(f'draw: {text}', err=True)
 
 # %% ../nbs/40_cli.ipynb #15ca87ad
 def main() -> None:
@@ -595,10 +612,12 @@ def main() -> None:
         if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))
     for stream in (sys.stdout, sys.stderr): # a code page may not have what a path has
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    warnings.showwarning = lambda message, *_: tell_once(str(message))
     alone = threading.current_thread() is threading.main_thread() and 'RANK' not in os.environ
     if alone: signal.signal(signal.SIGTERM, signal.default_int_handler) # as Ctrl-C
     try:
-        code = app(None if sys.argv[1:] else ['--help'], standalone_mode=False) or 0
+        arguments = sys.argv[1:] or ['--help']
+        code = app(arguments, prog_name='draw', standalone_mode=False) or 0
         if code != 130: sys.exit(code)
         code, text = stopped # Typer turns Ctrl-C into this number
     except Interrupted as error: code, text = 130, str(error)
@@ -606,6 +625,7 @@ def main() -> None:
     except (ValueError, OSError) as error: code, text = 2, str(error)
     except Exception as error:
         if not hasattr(error, 'format_message'): raise # the parser's errors have one, bugs do not
-        code, text = 2, f'{error.format_message()} (draw --help lists what there is)'
+        where = getattr(getattr(error, 'ctx', None), 'command_path', 'draw')
+        code, text = 2, f'{error.format_message()} ({where} --help lists what there is)'
     typer.echo(f'draw: {" ".join(text.split())}', err=True)
     sys.exit(code)

@@ -14,7 +14,7 @@ import torch
 from h5py import h5d, h5f, h5g, h5r, h5s
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .archives import (SVHN_SHA256, SVHN_URL, damage_in, find_parts, part_checksum,
                                  part_files, read_whole)
 from .cache import data_folders, find_file, store

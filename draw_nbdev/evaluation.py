@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import Images, check_images
 from .loss import bound, importance_weighted_bound
 from .model import DRAW

@@ -111,6 +111,8 @@ def check_batch(
     config, # With channels, height and width
 ) -> None:
     "Raise `ValueError` for images that a network was not made for, and for bytes"
+    if not isinstance(images, Tensor):
+        raise ValueError(f'images must be a tensor, and not {type(images).__name__}')
     shape = config.channels, config.height, config.width
     if images.ndim != 4:
         raise ValueError('images need the shape (batch, channels, height, width), and not '
@@ -337,7 +339,7 @@ def fields_of(
                      f'of shape (batch,), or None, and not {type(window).__name__}')
 
 # %% ../nbs/14_model.ipynb #14d461b2
-class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
+class DRAW(nn.Module, Pretrained, library_name='draw_nbdev',
            paper_url='https://arxiv.org/abs/1502.04623'):
     "Deep Recurrent Attentive Writer: a recurrent variational autoencoder that draws in steps"
     model_type = 'draw'
@@ -418,7 +420,7 @@ class DRAW(nn.Module, Pretrained, library_name='draw_nbdev', license='mit',
         glimpses: int | None = None, # Steps; the configuration's if None
         generator: 'torch.Generator | None' = None, # Source of z; torch's global one if None
     ) -> Drawing: # `model.images(drawing.canvases[-1])` are the finished images
-        "Eqs 13-16: draw from the prior, a fresh z at every step"
+        "Eqs 13-16: draw from the prior, a fresh z at every step; other images for another `count`"
         if count < 0: raise ValueError(f'count must be at least 0, got {count}')
         shape = (self.check_glimpses(glimpses), count, self.config.latent_size)
         device = generator.device if generator else None

@@ -32,6 +32,8 @@ def process_count(
 ) -> int: # Processes to be
     "How many processes share a batch; raises `ValueError` where they cannot"
     import torch
+    if asked is not None and asked < 1:
+        raise ValueError(f'--processes must be at least 1, got {asked}')
     if launched():
         there = os.environ['WORLD_SIZE']
         if asked is not None and str(asked) != there:
@@ -39,7 +41,7 @@ def process_count(
                              'leave --processes out')
         return 1
     if asked is not None:
-        if asked < 1 or batch_size % asked:
+        if batch_size % asked:
             raise ValueError(f'a batch of {batch_size} does not divide among {asked} processes')
         if torch.accelerator.is_available() and asked > (gpus := torch.accelerator.device_count()):
             raise ValueError(f'{asked} processes need as many GPUs, and here are {gpus}: leave '
@@ -73,7 +75,7 @@ def in_shares(
 ) -> list: # compute(part) for every part, in their order, in every process
     "Every process computes some parts, and all get the results of all"
     from torch import distributed
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     rank, count = place(together)
     hidden = None if rank == 0 else True # None hides it where there is no terminal
     mine = tqdm(parts[rank::count], disable=hidden, leave=False, desc=said)

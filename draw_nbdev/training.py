@@ -7,7 +7,7 @@ __all__ = ['update_average', 'generator_for', 'Task', 'choose_precision', 'machi
 
 # %% ../nbs/22_training.ipynb #30ead3d4
 import os, platform, tempfile, warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass, replace
 from functools import lru_cache
@@ -23,11 +23,11 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from . import __version__
 from .checkpoints import (Log, add_segment, check_epochs, differences, keep_metrics,
-                                    load_state, open_run, save_state, save_weights, states,
-                                    take_lock)
+                                    load_state, open_run, read_metrics, save_state, save_weights,
+                                    states, take_lock)
 from .data import Images, check_images
 from .compiled import can_compile
 from .evaluation import evaluate
@@ -220,7 +220,9 @@ class Record:
         options: TrainOptions, # Of the run
         description: dict, # Of the run, for training.json
         progress: dict, # Where it was when it was saved; kept up to date
+        report: Callable[[dict], None], # Gets every row of validation, first those that are there
     ):
+        self.report = report
         self.out, self.accelerator, self.averaged = out, accelerator, averaged
         self.options, self.description, self.progress = options, description, progress
         self.main, self.log = accelerator.is_main_process, None
@@ -228,6 +230,8 @@ class Record:
             remove_partial(out)
             write_json(out / 'run.json', description)
             keep_metrics(out, progress['step'])
+            for row in read_metrics(out):
+                if row['split'] == 'valid': report(row)
             self.log = Log(out, progress['step'])
         self.began = perf_counter() - progress['seconds']
         self.cpu_began, self.cpu_before = process_time(), progress['cpu_seconds']
@@ -294,7 +298,7 @@ class Record:
                              'by a finite float: mend validate or score of the task')
         if self.main:
             times = {name: progress[name] for name in ('seconds', 'cpu_seconds')}
-            self.log.write(done, epoch, 'valid', glimpses, **result, **times)
+            self.report(self.log.write(done, epoch, 'valid', glimpses, **result, **times))
             first = progress['best'] is None or glimpses != progress['best_glimpses']
             if first or score < progress['best']:
                 progress.update(best=score, best_glimpses=glimpses)
@@ -333,7 +337,7 @@ def check_run(
             raise ValueError(f'images of shape {data.shape} do not fit a network for {expected}')
     if len(train_set) < options.batch_size:
         raise ValueError(f'{len(train_set)} images are fewer than one batch of '
-                         f'{options.batch_size}: choose a smaller batch size')
+                         f'{options.batch_size}: give --batch-size {len(train_set)} or less')
     every = getattr(task, 'every_glimpse', False)
     if options.every_glimpse != every:
         raise ValueError(f'every_glimpse is {options.every_glimpse} in the options and {every} in '
@@ -454,6 +458,7 @@ def train(
     out: str | Path, # Folder of the run; one that was interrupted goes on
     options: TrainOptions = TrainOptions(), # Everything else
     task: Task = Task(), # What to learn
+    report: Callable[[dict], None] = lambda row: None, # Gets each row of validation, as in metrics
 ) -> DRAW: # Averaged weights of the best validation bound; the task's network
     "Minimise the bound, keep the best averaged weights; raises `ValueError` for what cannot run"
     check_run(config, train_set, valid_set, options, task)
@@ -487,7 +492,7 @@ def train(
         total = per_epoch * options.epochs
         if before: check_epochs(before['options'], options, progress['step'], per_epoch)
         description['segments'] = next_segments(before, options, progress, accelerator)
-        record = Record(out, accelerator, averaged, options, description, progress)
+        record = Record(out, accelerator, averaged, options, description, progress, report)
         if record.log: at_the_end.callback(record.log.close)
 
         def make_batch(step):

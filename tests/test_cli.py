@@ -2,7 +2,7 @@
 
 Spies stand in place of the functions behind the verbs. The options of training are in
 test_tools.py."""
-import inspect, json, shlex
+import inspect, json, shlex, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,14 +265,13 @@ def test_split_of_a_classification(split, weights, spy, capsys):
     assert '12.50 ± 2.25 %' in capsys.readouterr().out
 
 def test_epochs_are_told_with_their_numbers(weights, spy, capsys):
-    "The lines of `draw train`: epochs counted from 1, nats as they were measured"
-    def train(config, train_set, valid_set, out, options):
-        row = dict(step=1, epoch=0, split='valid', glimpses=3, bound=90.125, reconstruction=70.0625,
-                   latent=20.0625)
-        out.mkdir()
-        (out / 'metrics.jsonl').write_text(json.dumps(row) + '\n')
-    cli.run(train, SIZES, SimpleNamespace(epochs=3, batch_size=3), small_set('train'),
-            small_set('valid'), weights / 'run', lambda row: f'{row["bound"]:.2f} nats', 1)
+    "As they come: epochs counted from 1, nats as they were measured"
+    def train(config, train_set, valid_set, out, options, report):
+        report(dict(epoch=0, bound=90.125))
+        raise KeyboardInterrupt
+    with pytest.raises(cli.Interrupted):
+        cli.run(train, SIZES, SimpleNamespace(epochs=3, batch_size=3), small_set('train'),
+                small_set('valid'), weights / 'run', lambda row: f'{row["bound"]:.2f} nats', 1)
     said = capsys.readouterr()
     assert said.out.splitlines()[0] == 'epoch 1: 90.12 nats'
     assert '3 epochs of 2 updates, 1 process' in said.err
@@ -297,7 +296,7 @@ def test_numbers_beyond_everything(options, told):
 
 def test_processes_of_a_launcher(weights, capsys, monkeypatch):
     "Their number is the launcher's; a rank of something else counts for nothing"
-    def train(config, train_set, valid_set, out, options): pass
+    def train(config, train_set, valid_set, out, options, report): pass
     for rank, size, told in (('0', '3', '3 processes'), ('1', '3', ''), ('1', None, '1 process,')):
         monkeypatch.setenv('RANK', rank)
         monkeypatch.delenv('WORLD_SIZE', raising=False)
@@ -327,7 +326,37 @@ def test_list_of_data_sets(spy, monkeypatch, tmp_path, capsys):
     draw('data')
     said = capsys.readouterr().out
     assert str(tmp_path) in said.splitlines()[0]
-    assert said.splitlines()[1:] == ['', 'a name: 1 / 2 / 3', '  nowhere', '  4 GB; licence: none']
+    rows, weights = said.splitlines()[1:-2], said.splitlines()[-1]
+    assert rows == ['', 'a name: 1 / 2 / 3', '  nowhere', '  4 GB; licence: none']
+    assert 'Packaged weights' in weights and ' mnist, ' in weights
+
+@pytest.mark.parametrize('line, said', [
+    ('train mnist --foo 1', '(draw train --help lists'), ('train', '(draw train --help lists'),
+    ('trian', '(draw --help lists')])
+def test_usage_errors_name_the_help_of_the_verb(line, said, monkeypatch, capsys):
+    monkeypatch.setattr(cli.sys, 'argv', ['draw', *line.split()])
+    with pytest.raises(SystemExit) as ended: cli.main()
+    error, = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and said in error
+
+@pytest.mark.parametrize('line', ['-h', 'train -h', 'train --help', '--help'])
+def test_help(line, monkeypatch, capsys):
+    monkeypatch.setattr(cli.sys, 'argv', ['draw', *line.split()])
+    with pytest.raises(SystemExit) as ended: cli.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and '-h, --help' in said
+    cut = [verb for verb in said.splitlines()[1:] if verb.endswith('...')]
+    assert 'train' in line or not cut
+
+def test_warnings_are_told_once_in_a_line(monkeypatch, capsys):
+    "As errors are, without the place in the source"
+    def verb(*_, **__):
+        for _ in range(2): warnings.warn(f'left out {verb}', stacklevel=1)
+    monkeypatch.setattr(cli, 'app', verb)
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        warnings.simplefilter('always')
+        cli.main()
+    assert capsys.readouterr().err == f'draw: left out {verb}\n'
 
 
 # ---- all verbs

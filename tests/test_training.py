@@ -1102,6 +1102,23 @@ def test_other_files_are_no_damage(undisturbed, tmp_path):
     toy_train(run, replace(OPTIONS, epochs=4))
     assert max(row['epoch'] for row in read_metrics(run)) == 3
 
+def test_validation_is_reported_as_it_comes(tmp_path):
+    "Row by row, as it is written; after a stop those that are there come first"
+    seen = []
+    def report(row):
+        seen.append(row)
+        assert read_metrics(tmp_path / 'run')[-1] == row or stopped
+        if len(seen) == 2 and not stopped: raise InterruptedError
+    stopped = False
+    run = partial(train, CONFIG, toy_images(), toy_images('valid'), tmp_path / 'run', OPTIONS)
+    with pytest.raises(InterruptedError): run(report=report)
+    assert [row['epoch'] for row in seen] == [0, 1]
+    stopped, kept = True, seen[:1]
+    seen.clear()
+    run(report=report)
+    rows = [row for row in read_metrics(tmp_path / 'run') if row['split'] == 'valid']
+    assert seen == rows and seen[0] == kept[0] and len(seen) == OPTIONS.epochs
+
 def test_a_run_that_left_nothing_is_no_obstacle(tmp_path):
     "Options that failed before the first state can be put right in the same folder"
     with pytest.raises(InterruptedError):

@@ -424,6 +424,13 @@ def check_least(
 NO_NUMBERS = ('what {} computes is not finite: its weights are damaged, '
               'or come from a training that failed')
 
+# %% ../nbs/40_cli.ipynb #2b269ea8
+def is_grey(
+    images, # An `Images`, with its pixels
+) -> bool:
+    "Whether there is more than black and white"
+    return bool(((images.pixels > 0) & (images.pixels < images.levels)).any())
+
 # %% ../nbs/40_cli.ipynb #0787fd70
 @app.command('evaluate', short_help='Bound over a data set, or error of a classifier.')
 def evaluate_command(
@@ -474,6 +481,8 @@ def evaluate_command(
     if out: write_json(out / 'evaluation.json', {'model': model, **asdict(result)})
     say_data(result)
     (say_bound if draws else say_error)(result)
+    if draws and images is not None and is_grey(found):
+        typer.echo('Values between black and white count as probabilities: a cost, no likelihood.')
 
 # %% ../nbs/40_cli.ipynb #406f2a2f
 @app.command('generate', short_help='Draw samples, and show how they come about.')
@@ -548,7 +557,9 @@ def reproduce_command(
     "Recompute the tables and figures of the paper into one page."
     from draw_nbdev.reproduce import reproduce
     check_seed(seed)
-    typer.echo(reproduce(out, scale, seed, say=lambda line: typer.echo(line, err=True)))
+    try: typer.echo(reproduce(out, scale, seed, say=lambda line: typer.echo(line, err=True)))
+    except KeyboardInterrupt:
+        raise Interrupted('interrupted; the same command goes on from there') from None
 
 # %% ../nbs/40_cli.ipynb #bfe5d6bb
 @app.command('benchmark', short_help='Training images/s, here and at best.')

@@ -55,7 +55,8 @@ def find_config(
     "The file that says what weights are for, fetched if it is on the Hub"
     folder = find_weights(name)
     if folder: return folder / 'config.json'
-    return Path(hf_hub_download(hub_name(name), 'config.json', **options))
+    with reraise_as(OSError, f'{name} cannot be fetched', OSError):
+        return Path(hf_hub_download(hub_name(name), 'config.json', **options))
 
 # %% ../nbs/46_loading.ipynb #e8e8dbe1
 FLOATS = 'F16', 'BF16', 'F32', 'F64' # As safetensors calls them

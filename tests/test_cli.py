@@ -188,6 +188,20 @@ def test_a_port_that_is_none_is_refused_at_once(spy):
     with pytest.raises(ValueError, match='port 99999 cannot be used'): draw('demo --port 99999')
     assert not written.calls
 
+@pytest.mark.parametrize('pixels, cautioned', [([0, 255], False), ([0, 9, 255], True)])
+def test_a_bound_of_grey_pictures_is_called_a_cost(pixels, cautioned, weights, capsys):
+    for i in range(12):
+        values = np.resize(np.roll(pixels, i), (6, 9)).astype(np.uint8)
+        (weights / 'mine').mkdir(exist_ok=True)
+        Image.fromarray(values).save(weights / f'mine/{i:02}.png')
+    draw('evaluate draw --images mine')
+    assert ('a cost, no likelihood' in capsys.readouterr().out) == cautioned
+
+def test_a_reproduction_that_is_interrupted(spy, monkeypatch):
+    def stop(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr(reproduce, 'reproduce', stop)
+    with pytest.raises(cli.Interrupted, match='the same command goes on'): draw('reproduce')
+
 # ---- draw reproduce, draw benchmark
 
 @pytest.mark.parametrize('options, expected', [

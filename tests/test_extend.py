@@ -146,6 +146,12 @@ def test_a_subclass_that_exchanges_a_part(tmp_path):
     again = Exchanging.from_pretrained(tmp_path)
     assert type(again.read) is Dropping and again.config == SMALL
 
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    def download(*_, **__): raise ConnectionError('no route')
+    monkeypatch.setattr(loading, 'hf_hub_download', download)
+    with pytest.raises(OSError, match='hf://owner/name cannot be fetched .no route'):
+        DRAW.from_pretrained('hf://owner/name')
+
 def test_a_subclass_on_the_hub(tmp_path, monkeypatch):
     "The same as from a folder"
     Halving(SMALL).save_pretrained(tmp_path)

@@ -86,7 +86,7 @@ def reference_scan(
     model: DRAW, # The network
     images: Tensor, # x, shape (batch, channels, height, width)
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: # As `fused_scan`
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # As fused_scan()
     "The definition, under autograd"
     steps = list(model.steps(images, noise))
     return steps[-1].canvas, *(torch.stack(values) for values in zip(*(step[:3] for step in steps)))
@@ -96,7 +96,7 @@ def half_scan(
     model: DRAW, # The network
     images: Tensor, # x, shape (batch, channels, height, width)
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: # As `fused_scan`
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # As fused_scan()
     "The scan with its large products in bfloat16"
     with torch.autocast(images.device.type, torch.bfloat16): return fused_scan(model, images, noise)
 
@@ -104,7 +104,7 @@ def half_scan(
 def training_step(
     config: DRAWConfig, # Sizes of the network
     batch: int, # Images
-    scan, # `fused_scan` or another of `SCANS`
+    scan, # fused_scan() or another of `SCANS`
 ):
     "A function that trains a fresh network on one batch"
     model = DRAW(config)
@@ -163,7 +163,7 @@ def compare(
     config: DRAWConfig, # Sizes of the network
     batch: int, # Images in a batch
     seconds: float, # At least one step of each scan
-) -> list[dict]: # As `benchmark`
+) -> list[dict]: # As benchmark()
     "One combination"
     steps = dict(floor=floor_step(config, batch, plain=True),
                  products=floor_step(config, batch, plain=False))

@@ -37,7 +37,7 @@ def checksums(
 
 # %% ../nbs/63_checkpoints.ipynb #a2ed6a67
 def step_of(
-    state: Path, # As `states` finds it
+    state: Path, # As states() finds it
 ) -> int: # Updates
     "After how many updates a state was saved"
     return int(state.name.removeprefix('state-'))
@@ -89,7 +89,7 @@ def load_state(
     accelerator: Accelerator, # Holds the network and its optimisers, all overwritten
     averaged: AveragedModel, # Overwritten
     out: Path, # Folder of the run
-) -> dict | None: # As given to `save_state`; raises `ValueError` for a damaged state
+) -> dict | None: # As given to save_state(); raises `ValueError` for a damaged state
     "Go on from the newest state: its progress, or None where there is none"
     if not states(out): return None
     newest = states(out)[-1]

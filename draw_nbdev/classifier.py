@@ -184,8 +184,8 @@ def old_model_type(
 
 # %% ../nbs/28_classifier.ipynb #1ced44d6
 def network_class(
-    name: str | Path, # As in `load_classifier`
-) -> type[nn.Module]: # `DRAW`, `DifferentiableRAM` or `Convolutional`
+    name: str | Path, # As in load_classifier()
+) -> type[nn.Module]: # DRAW, DifferentiableRAM or Convolutional
     "Which network the weights called `name` are for; raises `ValueError` where nothing says so"
     file = find_config(name)
     problems = ValueError, TypeError, RecursionError
@@ -212,7 +212,7 @@ def network_for(
 # %% ../nbs/28_classifier.ipynb #d3a6a18a
 def load_classifier(
     name: str | Path, # A packaged name, a folder of a run or of weights, or hf://owner/name
-) -> nn.Module: # `DifferentiableRAM` or `Convolutional`, in evaluation mode
+) -> nn.Module: # DifferentiableRAM or Convolutional, in evaluation mode
     "A trained classifier; raises `ValueError` for damaged weights and for those of DRAW"
     network = network_class(name)
     if issubclass(network, DRAW):
@@ -256,7 +256,7 @@ class Classification:
 # %% ../nbs/28_classifier.ipynb #d29981ab
 @torch.no_grad()
 def classification_error(
-    model: nn.Module, # `DifferentiableRAM` or `Convolutional`
+    model: nn.Module, # DifferentiableRAM or Convolutional
     data: Images, # A set with `batch_with_labels`
     glimpses: int | None = None, # Steps; the configuration's if None
     limit: int | None = None, # Classify the first `limit` images only; all if None
@@ -292,7 +292,7 @@ class ClassifyTask(Task):
     score = 'error'
 
     def __init__(self,
-        network: type[nn.Module], # `DifferentiableRAM` or `Convolutional`
+        network: type[nn.Module], # DifferentiableRAM or Convolutional
         every_glimpse: bool = False, # Mean of the losses after all glimpses; not in the paper
         limit: float | None = 64, # Of gradients going back, in multiples of the loss's own
     ):

@@ -156,7 +156,7 @@ def build_run(
     glimpses: str | None, # --glimpses
     epochs: int | None, # --epochs
     sizes: dict, # Fields of the configuration; None where not given
-    chosen: dict, # Fields of `TrainOptions`; None where not given
+    chosen: dict, # Fields of TrainOptions; None where not given
 ) -> tuple[object, TrainOptions]: # Configuration and options
     "What a run is made of: the preset and the recipe, with what was given in their place"
     from draw_nbdev.model import preset as find_preset
@@ -223,7 +223,7 @@ class Interrupted(Exception):
 
 # %% ../nbs/40_cli.ipynb #f616933e
 def run(
-    train: Callable, # `train` or `train_classifier`
+    train: Callable, # train() or train_classifier()
     config, # Of the network
     options: TrainOptions, # Of the run
     train_set, # Images to learn from
@@ -317,7 +317,7 @@ def train_command(
 
 # %% ../nbs/40_cli.ipynb #6bc309bc
 def say_data(
-    result, # An `Evaluation` or a `Classification`
+    result, # An Evaluation or a Classification
 ) -> None:
     "What was evaluated, and how"
     typer.echo(f'{result.data} {result.split}, {result.images:,} images, '
@@ -325,7 +325,7 @@ def say_data(
 
 # %% ../nbs/40_cli.ipynb #5515e32d
 def say_error(
-    result, # A `Classification`
+    result, # A Classification
 ) -> None:
     "A classifier's error, in per cent"
     typer.echo(f'error           {100 * result.error:8.2f} ± {100 * result.error_se:.2f} % '
@@ -379,7 +379,7 @@ def classify_command(
 
 # %% ../nbs/40_cli.ipynb #b1bc89a1
 def say_bound(
-    result, # An `Evaluation`
+    result, # An Evaluation
 ) -> None:
     "A DRAW network's bound, in nats"
     def nats(value, error):
@@ -426,7 +426,7 @@ NO_NUMBERS = ('what {} computes is not finite: its weights are damaged, '
 
 # %% ../nbs/40_cli.ipynb #2b269ea8
 def is_grey(
-    images, # An `Images`, with its pixels
+    images, # An Images, with its pixels
 ) -> bool:
     "Whether there is more than black and white"
     return bool(((images.pixels > 0) & (images.pixels < images.levels)).any())

@@ -107,7 +107,7 @@ def crop_number(
 # %% ../nbs/54_colour.ipynb #bfe5f6c7
 MOST_DIGITS = 5 # Of a number; longer ones are left out
 
-def part_boxes(place: Path, part: str) -> dict[str, np.ndarray]: # As `digit_boxes` returns them
+def part_boxes(place: Path, part: str) -> dict[str, np.ndarray]: # As digit_boxes() returns them
     "The boxes of the images of a part that count"
     with damage_in(place):
         for file in part_files(place, part):
@@ -180,7 +180,7 @@ class PatchImages(Images):
     "Images from which a square patch is taken at random for every batch"
     shape = 3, PATCH, PATCH
 
-    def __init__(self, *args, **kwargs): # As for `Images`
+    def __init__(self, *args, **kwargs): # As for Images
         super().__init__(*args, **kwargs)
         _, channels, *sides = self.pixels.shape
         if channels != 3 or min(sides) < PATCH:

@@ -19,7 +19,7 @@ from .scan_weights import Sizes, Weights, fold, sizes, window_limits
 # %% ../nbs/68_compiled.ipynb #6e3247be
 def windows(
     out: Tensor, # Affine output of h_dec, shape (batch, outputs)
-    limits: tuple[Tensor, Tensor], # As `window_limits` returns them
+    limits: tuple[Tensor, Tensor], # As window_limits() returns them
 ) -> list[Tensor]: # The ten numbers in `ORDER`, with k = 1 / (2 sigma^2); each of shape (batch,)
     "Both windows, Eqs 21-24"
     low, high = limits
@@ -107,7 +107,7 @@ def forward_step(
 def backward_step(
     s: Sizes, # Of the network
     limits: tuple[Tensor, Tensor] | None, # Of both windows; None without attention
-    p: Weights, # As for `forward_step`
+    p: Weights, # As for forward_step()
     x: Tensor, # Shape (batch, height, channels * width)
     noise: Tensor, # Of this step, shape (batch, latent)
     before: tuple[Tensor, ...], # The state after step t - 1
@@ -152,7 +152,7 @@ def can_compile(
 # %% ../nbs/68_compiled.ipynb #eda3001d
 @lru_cache(None)
 def compiled(
-    step, # `forward_step` or `backward_step`
+    step, # forward_step() or backward_step()
 ): # The same, compiled for every combination of sizes that it meets
     "What runs a step; the first call takes the compiler seconds to half a minute"
     limits = torch._dynamo.config # By default the ninth combination would not be compiled
@@ -238,7 +238,7 @@ class CompiledScan(torch.autograd.Function):
 
 # %% ../nbs/68_compiled.ipynb #3b0d681e
 def compiled_scan(
-    model: nn.Module, # A `DRAW`
+    model: nn.Module, # A DRAW
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Canvas, means, log deviations and latents

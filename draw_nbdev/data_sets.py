@@ -127,7 +127,7 @@ DATA_SETS = {entry.name: entry for entry in ENTRIES}
 def read_path(
     path: Path, # A folder or zip of images
     split: str, # 'train', 'valid' or 'test'
-    size: int | tuple[int, int] | None, # As for `find`
+    size: int | tuple[int, int] | None, # As for find()
     root: str | Path | None, # Data folder
 ) -> Images:
     "House numbers if there are boxes of digits, else any images"

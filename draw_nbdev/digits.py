@@ -128,7 +128,7 @@ CHUNK = 100 # Images put together at once
 class LabelledImages(Images):
     "Images with a class each"
     def __init__(self,
-        pixels: Tensor, # As for `Images`
+        pixels: Tensor, # As for Images
         labels: Tensor, # Classes, whole numbers, shape (count,)
         *args, **kwargs # As for `Images`
     ):
@@ -154,7 +154,7 @@ class LabelledImages(Images):
 class FreshDigits(LabelledImages):
     "Images put together from digits afresh for every batch; `pixels` and `labels` are the digits'"
     def __init__(self,
-        draw: Callable, # `draw_two_digits` or `draw_cluttered`
+        draw: Callable, # draw_two_digits() or draw_cluttered()
         size: tuple[int, int], # Height and width of the images, in pixels
         digits: Tensor, # Shape (count, 1, side, side), uint8
         labels: Tensor, # Their classes, shape (count,), int64: of each image's first digit
@@ -190,7 +190,7 @@ class FreshDigits(LabelledImages):
 # %% ../nbs/52_digits.ipynb #f9c15c25
 def digit_set(
     name: str, # Of the set
-    draw: Callable, # `draw_two_digits` or `draw_cluttered`
+    draw: Callable, # draw_two_digits() or draw_cluttered()
     size: tuple[int, int], # Height and width of the images, in pixels
     split: str, # 'train', 'valid' or 'test'
     note: str, # Where the pixels come from

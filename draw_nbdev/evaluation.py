@@ -99,7 +99,7 @@ def evaluate(
     limit: int | None = None, # Evaluate the first `limit` images only; all if None
     rows: int = 500, # Images in one pass: bounds the memory
     together: bool = False, # All processes of a run call this, and each computes a share of L
-) -> Evaluation: # `ValueError` where images do not fit, `TypeError` for no DRAW or no `Images`
+) -> Evaluation: # `ValueError` where images do not fit, `TypeError` for no DRAW or no Images
     "Bound, its parts and its errors over a set; the same numbers again for the same arguments"
     check_images(data)
     if not hasattr(model, 'initial_canvas'):

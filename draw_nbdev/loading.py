@@ -24,7 +24,7 @@ FETCH = 'revision', 'token', 'cache_dir', 'local_files_only', 'force_download' #
 
 # %% ../nbs/46_loading.ipynb #hubname1
 def hub_name(
-    name: str | Path, # As in `find_weights`
+    name: str | Path, # As in find_weights()
 ) -> str | None: # owner/name, or None for anything that is not on the Hub
     "What the Hub calls these weights"
     return str(name).removeprefix(HUB) if str(name).startswith(HUB) else None
@@ -49,7 +49,7 @@ def find_weights(
 
 # %% ../nbs/46_loading.ipynb #0977a304
 def find_config(
-    name: str | Path, # As in `find_weights`
+    name: str | Path, # As in find_weights()
     **options, # Of a download from the Hub, such as its `revision`
 ) -> Path: # config.json
     "The file that says what weights are for, fetched if it is on the Hub"

@@ -17,7 +17,7 @@ from .model import DRAW, DRAWOutput, check_bytes
 def reconstruction_loss(
     canvas: Tensor, # c_T in logits, shape (batch, channels, height, width)
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
-    likelihood: nn.Module | None = None, # The network's; the paper's, `Bernoulli`, if None
+    likelihood: nn.Module | None = None, # The network's; the paper's, Bernoulli, if None
 ) -> Tensor: # L^x in nats per image, shape (batch,)
     "Eq. 9: cross-entropy, summed over channels and pixels; `ValueError` for misfits and bytes"
     pixels = None if likelihood is None else likelihood(canvas)

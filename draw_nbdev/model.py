@@ -254,7 +254,7 @@ def settings_of(
 
 # %% ../nbs/14_model.ipynb #8119a7fb
 def check_remade(
-    model: nn.Module, # A `DRAW`
+    model: nn.Module, # A DRAW
 ) -> None:
     "Raise `ValueError` for a part that its name and the configuration would make otherwise"
     for kind in ('read', 'write', 'likelihood'): # a cell is always made by its factory

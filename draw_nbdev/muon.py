@@ -33,7 +33,7 @@ def orthogonalize(
 def directions(
     stacks: list[Tensor], # Each of shape (parts, rows, columns)
     together: bool, # Whether every process has the same stacks and calls this
-) -> list[Tensor]: # `orthogonalize` of each
+) -> list[Tensor]: # orthogonalize() of each
     "Every process turns some of the matrices; the sum of what they have is everything"
     rank, count = place(together)
     if count == 1 or not stacks: return [orthogonalize(stack) for stack in stacks]

@@ -69,7 +69,7 @@ def image_grid(
 
 # %% ../nbs/70_plots.ipynb #d4c949f9
 def labelled(
-    picture: Image.Image, # A grid, as `image_grid` makes it
+    picture: Image.Image, # A grid, as image_grid() makes it
     above: list | None = None, # A word or number for each column
     left: list | None = None, # A word or number for each row
 ) -> Image.Image: # The grid with the words beside it, on white
@@ -90,7 +90,7 @@ def labelled(
 def save(
     picture, # PIL image or matplotlib figure
     path: str | os.PathLike, # Where to; the ending says the format. Missing folders are made
-    **options, # Passed to the picture's own `save` or `savefig`
+    **options, # Passed to the picture's own save() or `savefig`
 ) -> Path: # The same path
     "Write a picture to a file, whole or not at all."
     path = Path(path)

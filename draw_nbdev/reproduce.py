@@ -181,7 +181,7 @@ Outcome = Evaluation | Classification
 # %% ../nbs/42_reproduce.ipynb #757d0612
 def beside_paper(
     paper: dict[str, str], # Row -> the paper's number
-    results: dict[str, tuple[Outcome, dict]], # As for `table_1`
+    results: dict[str, tuple[Outcome, dict]], # As for table_1()
     cell: Callable[[Outcome], str], # How a number is printed
 ): # A DataFrame
     "The rows of a table of the paper, and what was computed here"
@@ -221,7 +221,7 @@ def table_1(
 
 # %% ../nbs/42_reproduce.ipynb #878c0930
 def table_2(
-    results: dict[str, tuple[Outcome, dict]], # As for `table_1`
+    results: dict[str, tuple[Outcome, dict]], # As for table_1()
 ): # A DataFrame: one row per model of the paper
     "Table 2, bounds on MNIST, the paper beside this run"
     return beside_paper(TABLE_2, results, lambda result: f'≤ {nats(result)}')
@@ -275,7 +275,7 @@ def origin_of(
 
 # %% ../nbs/42_reproduce.ipynb #5cf851a9
 def provenance(
-    results: dict[str, tuple[Outcome, dict]], # As for `table_1`
+    results: dict[str, tuple[Outcome, dict]], # As for table_1()
 ): # A DataFrame: one row per experiment
     "Where every number comes from"
     import pandas as pd
@@ -298,7 +298,7 @@ CURVES = 'Cost of training and validation images against updates, and its two te
 # %% ../nbs/42_reproduce.ipynb #e650acc4
 def pictures(
     experiment: Experiment,
-    model: Model, # What `obtain` returned
+    model: Model, # What obtain() returned
     drawing: Drawing | None, # Of at least 80 images; None for a classifier
     data: Callable[[str], Images] | None, # Split -> its images; None where there are none
 ) -> Iterator[tuple]: # Number in the paper or None, kind, picture, and what is to be seen
@@ -327,7 +327,7 @@ def pictures(
 # %% ../nbs/42_reproduce.ipynb #6cec58ea
 def draw_figures(
     experiment: Experiment,
-    model: Model, # What `obtain` returned
+    model: Model, # What obtain() returned
     data: Callable[[str], Images] | None, # Split -> its images; None where there are none
     out: Path, # Folder for the pictures
     seed: int = 0, # Of the samples: the first ones of this seed are shown, not chosen ones

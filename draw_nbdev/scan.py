@@ -721,7 +721,7 @@ def autocast_dtype(
 
 # %% ../nbs/66_scan.ipynb #bd968f94
 def fused_scan(
-    model: nn.Module, # A `DRAW`
+    model: nn.Module, # A DRAW
     images: Tensor, # x with values in 0..1, shape (batch, channels, height, width)
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Canvas, means, log deviations and latents
@@ -748,7 +748,7 @@ def watched() -> bool:
 
 # %% ../nbs/66_scan.ipynb #d8304767
 def fits(
-    model: nn.Module, # A `DRAW`
+    model: nn.Module, # A DRAW
     images: Tensor, # x, shape (batch, channels, height, width)
     noise: Tensor, # Standard normal, shape (glimpses, batch, latent_size)
 ) -> bool:

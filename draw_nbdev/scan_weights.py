@@ -102,7 +102,7 @@ class Sizes(NamedTuple):
 
 # %% ../nbs/65_scan_weights.ipynb #f831667a
 def sizes(
-    config, # A `DRAWConfig`
+    config, # A DRAWConfig
 ) -> Sizes:
     "A network's sizes, as the scan counts them"
     c = config
@@ -204,14 +204,14 @@ class Weights(NamedTuple):
 
 # %% ../nbs/65_scan_weights.ipynb #228be2bc
 def stack_norm(
-    norm: nn.Module, # Of an `LSTMCell`
+    norm: nn.Module, # Of an LSTMCell
 ) -> Tensor | None: # Weight and bias, shape (2, hidden)
     "A layer norm's parameters, None where there is no norm"
     return torch.stack([norm.weight, norm.bias]) if isinstance(norm, nn.LayerNorm) else None
 
 # %% ../nbs/65_scan_weights.ipynb #27d5c8a4
 def fold(
-    model: nn.Module, # A `DRAW`
+    model: nn.Module, # A DRAW
     s: Sizes, # Its sizes
 ) -> Weights:
     "The network's parameters as the recurrence wants them"

@@ -148,6 +148,23 @@ def test_linked_names_are_public():
     assert not [o for o in linked if '.' not in o[1] and o[1] in hidden]
 
 @each_notebook
+def test_no_links_inside_of_signatures(file):
+    """nbdev makes links of names in backticks in what `show_doc` shows, its code block included,
+    where a link stays Markdown: docments name functions without them"""
+    public = {
+        o.removeprefix(f'{module}.') for module, names in d['syms'].items() for o in names
+        if o.removeprefix(f'{module}.') in importlib.import_module(module).__all__
+    }
+    docments = [
+        line.partition(' # ')[2]
+        for cell in cells(file)
+        if cell['cell_type'] == 'code' and ''.join(cell['source']).startswith('#| export')
+        for line in cell['source']
+        if line.partition(' # ')[0].rstrip().endswith((',', '(', ':')) or line.startswith(')')
+    ]
+    assert not public & {name for text in docments for name in re.findall('`([^`]+)`', text)}
+
+@each_notebook
 def test_links_between_notebooks(file):
     "Links name the notebook: that works in Jupyter, on GitHub and, rewritten, on the site"
     text = '\n'.join(''.join(o['source']) for o in cells(file) if o['cell_type'] == 'markdown')

@@ -130,7 +130,7 @@ class LabelledImages(Images):
     def __init__(self,
         pixels: Tensor, # As for Images
         labels: Tensor, # Classes, whole numbers, shape (count,)
-        *args, **kwargs # As for `Images`
+        *args, **kwargs # As for Images
     ):
         super().__init__(pixels, *args, **kwargs)
         if not isinstance(labels, Tensor):
@@ -158,7 +158,7 @@ class FreshDigits(LabelledImages):
         size: tuple[int, int], # Height and width of the images, in pixels
         digits: Tensor, # Shape (count, 1, side, side), uint8
         labels: Tensor, # Their classes, shape (count,), int64: of each image's first digit
-        *args, **kwargs # As for `Images`
+        *args, **kwargs # As for Images
     ):
         super().__init__(digits, labels, *args, **kwargs)
         if self.levels != 255 or digits.shape[1] != 1 or digits.shape[2] != digits.shape[3]:

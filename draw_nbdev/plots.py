@@ -109,6 +109,15 @@ def drawable(
     "Windows that have a place and a size; those of other parts may be anything."
     return windows if all(hasattr(windows, field) for field in _FIELDS) else None
 
+# %% ../nbs/70_plots.ipynb #b2cd715e
+def _placed(
+    windows, # Of a network
+) -> list[Tensor]: # What is drawn of them, in the order of `_FIELDS`
+    "Raise `ValueError` for windows of another kind"
+    if drawable(windows) is None:
+        raise ValueError(f'windows to be drawn have {", ".join(_FIELDS)}, and these do not')
+    return [getattr(windows, field) for field in _FIELDS]
+
 # %% ../nbs/70_plots.ipynb #402eabdd
 def draw_windows(
     images: Tensor, # Images in [0, 1], shape (..., channels, height, width), 1 or 3 channels
@@ -122,10 +131,8 @@ def draw_windows(
     images = _checked(images)
     if size < 1:
         raise ValueError(f'size is the side of the patch and must be 1 or more, not {size}')
-    if drawable(windows) is None:
-        raise ValueError(f'windows to be drawn have {", ".join(_FIELDS)}, and these do not')
     height, width = images.shape[-2:]
-    fields = [getattr(windows, field).detach().float().cpu()[..., None] for field in _FIELDS]
+    fields = [field.detach().float().cpu()[..., None] for field in _placed(windows)]
     center_x, center_y, stride, variance = fields
     try: torch.broadcast_shapes(center_x.shape[:-1], images.shape[:-3])
     except RuntimeError:
@@ -167,12 +174,12 @@ def _at_times(
     if windows is None: return _enlarge(_checked(images[times]), zoom)
     if size is None: raise ValueError('windows need size, the side of the patch')
     shape = len(images) - 1, images.shape[1]
-    if drawable(windows) is not None and windows.center_x.shape != shape:
+    placed = _placed(windows)
+    if placed[0].shape != shape:
         raise ValueError(f'windows must have shape {shape}, a window for each write, '
-                         f'not {tuple(windows.center_x.shape)}')
+                         f'not {tuple(placed[0].shape)}')
     earlier = [time - 1 for time in times] # windows count from 0
-    fields = [field for field in _FIELDS if hasattr(windows, field)]
-    shown = SimpleNamespace(**{field: getattr(windows, field)[earlier] for field in fields})
+    shown = SimpleNamespace(**{name: field[earlier] for name, field in zip(_FIELDS, placed)})
     return draw_windows(images[times], shown, size, zoom, color)
 
 # %% ../nbs/70_plots.ipynb #b3234106

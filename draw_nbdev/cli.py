@@ -590,7 +590,10 @@ def benchmark_command(
     rows = benchmark(tuple(preset or ['mnist']), tuple(batch or [100, 256]),
                      tuple(glimpses or [16, 32, 64]), both, tuple(side or [None]), seconds)
     table = pd.DataFrame(rows).round({'images_per_s': 1, 'floor_share': 2, 'peak_mb': 0})
-    typer.echo(table.to_string(index=False))
+    typer.echo(table.to_string(index=False, na_rep='-'))
+    typer.echo('floor, products: the matrix products alone, as PyTorch and as the scan computes '
+               'them; reference: the definition under autograd; fused, bfloat16: the scan. '
+               'floor_share is of floor.')
     if json_file: write_json(json_file, rows)
 
 # %% ../nbs/40_cli.ipynb #cb2d72c8

@@ -233,8 +233,10 @@ def test_table_of_the_benchmark(spy, tmp_path, capsys):
     spy(benchmark, 'benchmark', rows)
     draw(f'benchmark --json {tmp_path}/rows.json')
     said = capsys.readouterr().out
-    assert said.split() == ['scan', 'images_per_s', 'floor_share', 'peak_mb', 'fused', '123.5',
-                            '0.57', '877.0']
+    *table, legend = said.splitlines()
+    assert ' '.join(table).split() == ['scan', 'images_per_s', 'floor_share', 'peak_mb', 'fused',
+                                       '123.5', '0.57', '877.0']
+    assert all(row in legend for row in ('floor', 'products', *benchmark.SCANS))
     assert json.loads((tmp_path / 'rows.json').read_text()) == rows
 
 

@@ -173,9 +173,10 @@ def test_what_is_trained(config, every, monkeypatch):
     seen = []
     monkeypatch.setattr(classifier, 'train', lambda *arguments: seen.append(arguments))
     options, train_set, valid_set = TrainOptions(every_glimpse=every), pictures(), pictures(3)
-    train_classifier(config, train_set, valid_set, 'out', options)
-    *given, task = seen[0]
+    train_classifier(config, train_set, valid_set, 'out', options, print)
+    *given, task, report = seen[0]
     assert given == [config, train_set, valid_set, 'out', options] and task.every_glimpse == every
+    assert report is print
     assert task.network is (DifferentiableRAM if config is SMALL else Convolutional)
 
 @pytest.mark.parametrize('which', [0, 1])

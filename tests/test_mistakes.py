@@ -494,7 +494,7 @@ def test_no_test_set():
     """Training is given images to learn from and images to choose by, says so, and chooses by
     these (15)"""
     assert list(inspect.signature(train).parameters) == [
-        'config', 'train_set', 'valid_set', 'out', 'options', 'task',
+        'config', 'train_set', 'valid_set', 'out', 'options', 'task', 'report',
     ]
     run, valid_set = toy_run(), toy_images('valid', 10)
     assert {k: v for k, v in run.description['data'].items() if k in SPLITS} == {

@@ -52,7 +52,7 @@ def find_config(
     name: str | Path, # As in find_weights()
     **options, # Of a download from the Hub, such as its `revision`
 ) -> Path: # config.json
-    "The file that says what weights are for, fetched if it is on the Hub"
+    "The file that says what weights are for, fetched from the Hub, or `OSError` where it cannot be"
     folder = find_weights(name)
     if folder: return folder / 'config.json'
     with reraise_as(OSError, f'{name} cannot be fetched', OSError):

@@ -9,7 +9,7 @@ __all__ = ['app', 'main']
 import inspect, json, os, signal, sys, tempfile, threading, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
@@ -281,6 +281,8 @@ def train_command(
     images: IMAGES = None,
     size: SIZE = None,
     out: RUN = None,
+    start_from: Annotated[str | None, typer.Option(
+        '--from', help='Weights to begin with in place of fresh ones. ' + NETWORK)] = None,
     recipe: RECIPE = 'own',
     epochs: EPOCHS = None,
     glimpses: STAGES = None,
@@ -296,13 +298,14 @@ def train_command(
     "Train a network; weights are chosen on validation images and kept in OUT/best."
     from draw_nbdev.checkpoints import check_folder
     from draw_nbdev.model import PRESETS
-    from draw_nbdev.training import train
+    from draw_nbdev.training import FineTuneTask, Task, train
     sizes = dict(hidden_size=hidden_size, latent_size=latent_size, read_size=read_size,
                  write_size=write_size, layer_norm=layer_norm or None)
     config, options = build_run(PRESETS, preset, recipe, glimpses, epochs, sizes, chosen)
     check_training(config, options)
     count, out = process_count(options.batch_size, processes), out or Path('runs') / preset
     check_folder(out, 'run.json')
+    task = Task() if start_from is None else FineTuneTask(start_from)
     default = preset.removesuffix('_no_attention')
     train_set = find_data(data, images, size, 'train', default)
     valid_set = find_data(data, images, size, 'valid', default)
@@ -310,10 +313,12 @@ def train_command(
         channels, height, width = train_set.shape
         config = replace(config, channels=channels, height=height, width=width)
         check_training(config, options)
+    if start_from is not None: task.check(config)
     def describe(row):
         return (f'{row["bound"]:.2f} nats on {valid_set.name} valid (reconstruction '
                 f'{row["reconstruction"]:.2f}, KL {row["latent"]:.2f}, T = {row["glimpses"]})')
-    run(train, config, options, train_set, valid_set, out, describe, count)
+    learn = partial(train, task=task)
+    run(learn, config, options, train_set, valid_set, out, describe, count)
 
 # %% ../nbs/40_cli.ipynb #6bc309bc
 def say_data(

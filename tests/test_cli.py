@@ -17,6 +17,7 @@ from draw_nbdev.digits import LabelledImages
 from draw_nbdev.evaluation import Evaluation
 from draw_nbdev.model import DRAW, DRAWConfig
 from draw_nbdev.plots import image_grid, sequence_grid
+from draw_nbdev.training import FineTuneTask, Task
 import test_tools
 
 SIZES = DRAWConfig(height=6, width=9, glimpses=4, hidden_size=8, latent_size=2, read_size=1,
@@ -259,6 +260,21 @@ def test_images_of_a_training(options, data, size, weights, spy):
     shape = (3, 6, 9) if 'images' in options else (1, 28, 28)
     assert (config.channels, config.height, config.width) == shape
 
+@pytest.mark.parametrize('options, task', [('', Task), ('--from draw', FineTuneTask)])
+def test_start_of_a_training(options, task, weights, spy):
+    "Fresh weights, or those that --from names"
+    spy(data_sets, 'find', lambda given: small_set(given['split'], (1, 6, 9)))
+    seen = spy(cli, 'run')
+    draw('train mnist --images draw --hidden-size 8 --latent-size 2 --read-size 1 --write-size 2 '
+         f'{options}')
+    given, = seen.calls
+    learned = given['train'].keywords['task']
+    assert type(learned) is task
+    begun = learned.start(given['config'], given['train_set']).state_dict()
+    expected = DRAW.from_pretrained(weights / 'draw').state_dict()
+    same = [torch.equal(begun[name], expected[name]) for name in expected]
+    assert all(same) == bool(options)
+
 @pytest.mark.parametrize('split', ['valid', 'test'])
 def test_split_of_a_classification(split, weights, spy, capsys):
     "After training, the part that was asked for is classified and shown, and no other"
@@ -379,8 +395,8 @@ def test_warnings_are_told_once_in_a_line(monkeypatch, capsys):
 
 TRAINING = 'recipe epochs glimpses out processes'.split() # with those of test_tools.py
 TRIED = {
-    'train': {*test_tools.OPTIONS, *test_tools.SIZES, *TRAINING, 'data', 'images', 'size'}
-             - {'every_glimpse'},
+    'train': {*test_tools.OPTIONS, *test_tools.SIZES, *TRAINING, 'data', 'images', 'size',
+              'start_from'} - {'every_glimpse'},
     'classify': {*test_tools.OPTIONS, *TRAINING, 'hidden_size', 'read_size', 'split'}
                 - {'kl_warmup'},
     'evaluate': {*'data images size split glimpses seeds samples limit out'.split()},

@@ -17,6 +17,7 @@ from draw_nbdev.evaluation import Evaluation
 from draw_nbdev.loading import PRETRAINED
 from draw_nbdev.model import DRAW, DRAWConfig, PRESETS
 from draw_nbdev.options import RECIPES, TrainOptions, recipe
+from draw_nbdev.training import FineTuneTask
 
 ROOT = Path(__file__).parent.parent
 NETWORKS = {**PRESETS, **CLASSIFIERS}
@@ -102,6 +103,15 @@ def test_commands_of_any_run(network, changes, record):
         line = record.command(history, network)
         assert parsed(line)[:2] == (config, options), line
     if not changes: assert line.split()[2:] in ([network], [network, '--recipe', 'paper'])
+
+def test_command_of_a_run_that_began_with_weights(record):
+    "They are named, and the verb takes them"
+    history = {'config': asdict(PRESETS['mnist']), 'data': {'name': 'mnist_fixed'}, 'segments': [],
+               'options': json.loads(json.dumps(asdict(replace(RECIPES['mnist'], epochs=9)))),
+               'task': FineTuneTask('mnist_paper').__dict__}
+    line = record.command(history, 'mnist')
+    assert line == 'draw train mnist --from mnist_paper --epochs 9'
+    assert parsed(line)[:2] == (PRESETS['mnist'], replace(RECIPES['mnist'], epochs=9))
 
 OPTIONS = dict(
     batch_size=50, optimizer='adam', learning_rate=0.25, final_rate=0.5, decay=0.125, rate_warmup=7,

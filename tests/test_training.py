@@ -803,6 +803,44 @@ def test_best_weights_are_those_of_the_last_stage(tmp_path):
         )
         assert json.loads((out / 'best/training.json').read_text())['epochs'] == kept
 
+def test_weights_of_another_run(tmp_path):
+    """They are the start and nothing else: used twice, they give the same run twice, and that run
+    goes on as any other does, but not with other weights or with none"""
+    out, images = tmp_path / 'run', toy_images(kind=Failing)
+    for name, seed in (('first', 0), ('other', 1)): toy_train(tmp_path / name,
+                                                              replace(OPTIONS, seed=seed))
+    kept = load_file(tmp_path / 'first/best/model.safetensors')
+    task = training.FineTuneTask(tmp_path / 'first')
+    def tune(out, task, left=10**9):
+        images.left = left
+        return train(CONFIG, images, toy_images('valid'), out, OPTIONS, task)
+    begun = task.start(CONFIG, images).state_dict()
+    assert all(torch.equal(begun[name], kept[name]) for name in kept)
+    tune(tmp_path / 'whole', task)
+    with pytest.raises(InterruptedError): tune(out, task, left=9)
+    tune(out, task)
+    assert_same(out, tmp_path / 'whole')
+    fresh = load_file(tmp_path / 'first/best/model.safetensors')
+    assert all(torch.equal(fresh[name], kept[name]) for name in kept)
+    shutil.copytree(tmp_path / 'other', tmp_path / 'first', dirs_exist_ok=True)
+    for other, told in ((training.FineTuneTask(tmp_path / 'first'), 'task.checksum'),
+                        (training.FineTuneTask(tmp_path / 'other'), 'task.start_from'),
+                        (training.Task(), 'task.kind')):
+        with pytest.raises(ValueError, match=told): tune(out, other)
+
+@pytest.mark.parametrize('changes', [dict(hidden_size=9), dict(latent_size=2), dict(read_size=3),
+                                     dict(layer_norm=True), dict(glimpses=5)], ids=str)
+def test_weights_that_do_not_fit(changes, tmp_path):
+    "Only the number of steps may be another; else nothing is written"
+    toy_train(tmp_path / 'run')
+    task, config = training.FineTuneTask(tmp_path / 'run'), replace(CONFIG, **changes)
+    out, (name,) = tmp_path / 'new', changes
+    def tune(): return train(config, toy_images(), toy_images('valid'), out, OPTIONS, task)
+    if name == 'glimpses': assert tune().config == config
+    else:
+        with pytest.raises(ValueError, match=f'run has {name} '): tune()
+        assert not out.exists()
+
 MUON = replace(OPTIONS, optimizer='muon', decay=0.5, clip_norm=None)
 
 def test_muon_goes_on(start, tmp_path):

@@ -32,7 +32,8 @@ TESTS = { # Of each module, quick ones first; its notebook comes after them
     'graph': ['test_graph.py'],
     'training': [
         'test_extend.py', 'test_mistakes.py -k "training or test_set or shuffling or order"',
-        'test_training.py -k by_hand', 'test_training.py -k "of_a_stage or of_the or time"',
+        'test_training.py -k "by_hand or weights_of or weights_that"',
+        'test_training.py -k "of_a_stage or of_the or time"',
         'test_training.py', 'test_processes.py -k "script or agree"',
     ],
     'checkpoints': [
@@ -557,6 +558,13 @@ MUTATIONS = {
     'training': [
         ('processes with other epochs', "free=('options.precision',)",
          "free=('options.epochs', 'options.precision')"),
+        ('fine-tuned from fresh weights', 'network.load_state_dict(self._network.state_dict())',
+         'pass'),
+        ('fine-tuned weights used up', 'network = self.network(config)', 'network = self._network'),
+        ('fine-tuned at other sizes', "if name != 'glimpses' and there[name] != value:", 'if False:'),
+        ('fine-tuned with as many steps alone', "if name != 'glimpses' and there", 'if there'),
+        ('fine-tuned from any weights', 'self.checksum = md5(save(self._network.state_dict()))',
+         'self.checksum = 0'),
         ('fine-tuned in evaluation mode', 'if not model.training: model.train()', 'pass'),
         ('random numbers of the caller taken', 'at_the_end.enter_context(torch.random.fork_rng(gpus))',
          'pass'),
@@ -748,9 +756,11 @@ MUTATIONS = {
         ('decay ignored', 'in chosen.items() if value is not None}',
          "in chosen.items() if value is not None and name != 'decay'}"),
         ('processes ignored', 'process_count(options.batch_size, processes), out or Path('
-         "'runs') / preset check_folder(out, 'run.json') default",
+         "'runs') / preset check_folder(out, 'run.json') task",
          "process_count(options.batch_size, None), out or Path('runs') / preset\n"
-         "    check_folder(out, 'run.json')\n    default"),
+         "    check_folder(out, 'run.json')\n    task"),
+        ('--from ignored', 'FineTuneTask(start_from)', 'Task()'),
+        ('--from not checked', 'if start_from is not None: task.check(config)', 'pass'),
         ('seeds ignored', 'evaluate(network, found, glimpses, seeds, samples, limit)',
          'evaluate(network, found, glimpses, 1, samples, limit)'),
         ('samples ignored', 'evaluate(network, found, glimpses, seeds, samples, limit)',

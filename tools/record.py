@@ -30,7 +30,9 @@ def command(
     sizes = {key: value for key, value in config.items() if value != asdict(networks[network])[key]}
     flags = min((flags_for(recorded, config, sizes, network, kind, 'segments' in history) for kind in ('own', 'paper')), key=len)
     images = [] if networks is CLASSIFIERS or history['data']['name'] in DATA_SETS else ['--images', history['data']['name'] + '.zip']
-    return ' '.join(['draw', 'classify' if networks is CLASSIFIERS else 'train', network, *images, *flags])
+    start = history.get('task', {}).get('start_from')
+    begin = ['--from', start] if start else []
+    return ' '.join(['draw', 'classify' if networks is CLASSIFIERS else 'train', network, *begin, *images, *flags])
 
 def told(value: float) -> str:
     "As short as it can be without being another number"
@@ -84,6 +86,7 @@ def record(
             **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
             'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
             **{key: segments[-1][key] for key in ('hardware', 'software')}, 'segments': segments,
+            **({'task': history['task']} if 'start_from' in history.get('task', {}) else {}),
             **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py
             'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
 

@@ -31,7 +31,8 @@ from draw_nbdev.loading import find_weights
 from draw_nbdev.model import DRAW, PARTS, Bernoulli, DRAWConfig
 from draw_nbdev.options import TrainOptions, learning_rate
 from draw_nbdev.plots import learning_curves
-from draw_nbdev.training import Task, check_loading, describe, train, update_average
+from draw_nbdev.runs import check_loading, describe
+from draw_nbdev.training import Task, train, update_average
 
 SMALL = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3,
                    read_size=2, write_size=3)

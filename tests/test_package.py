@@ -183,8 +183,8 @@ def test_modules_import_only_upwards():
     order = (
         *data, 'plots', 'filterbank', 'attention', 'diagrams', 'scan_weights', 'scan', 'compiled',
         'loading', 'model', 'loss', 'benchmark', 'processes',
-        'evaluation', 'muon', 'options', 'checkpoints', 'graph', 'training', 'classifier', 'demo',
-        'reproduce', 'cli',
+        'evaluation', 'muon', 'options', 'checkpoints', 'graph', 'runs', 'training', 'classifier',
+        'demo', 'reproduce', 'cli',
     )
     allowed = {name: set(order[:i]) for i, name in enumerate(order)} | {
         'plots': {'files'}, 'filterbank': set(),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from draw_nbdev import training
+from draw_nbdev import runs
 from draw_nbdev.checkpoints import read_metrics
-from draw_nbdev.training import check_agreement
+from draw_nbdev.runs import check_agreement
 
 pytestmark = pytest.mark.skipif(
     shutil.which('ps') is None, reason='no ps here, which finds processes that were left behind'
@@ -181,7 +181,7 @@ def test_processes_agree_on_epochs(other, refused, monkeypatch):
     "A run may go on with more epochs; processes with different ones would wait for each other"
     first, second = ({'config': {}, 'data': {}, 'task': {}, 'options': options}
                      for options in ({'epochs': 2, 'precision': 'no'}, other))
-    monkeypatch.setattr(training, 'gather_object', lambda mine: [first, second])
+    monkeypatch.setattr(runs, 'gather_object', lambda mine: [first, second])
     said = pytest.raises(ValueError, match='epochs 2 in the first, 3 in process 2')
     with said if refused else nullcontext():
         check_agreement(first, SimpleNamespace(num_processes=2))

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 import draw_nbdev.checkpoints as checkpoints
+import draw_nbdev.runs as runs
 import draw_nbdev.training as training
 from draw_nbdev.data import Images
 from draw_nbdev.evaluation import evaluate
@@ -135,7 +136,7 @@ def child(
         time.sleep(slow_to_look)
         return open_run(*arguments, **more)
     training.open_run = look
-    if cpu: training.process_time = partial(next, count(0, cpu)) # so much between two calls
+    if cpu: runs.process_time = partial(next, count(0, cpu)) # so much between two calls
     try: toy_train(out, options)
     except Exception as error:
         if report is None: raise
@@ -506,8 +507,8 @@ class Timed(training.Task):
     "An update takes a second by a clock that is set by hand, and ten of CPU"
     def __init__(self, patch):
         self._now = 100.
-        patch.setattr(training, 'perf_counter', lambda: self._now)
-        patch.setattr(training, 'process_time', lambda: 10 * self._now)
+        patch.setattr(runs, 'perf_counter', lambda: self._now)
+        patch.setattr(runs, 'process_time', lambda: 10 * self._now)
 
     def loss(self, *arguments, **more):
         self._now += 1

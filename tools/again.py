@@ -10,7 +10,7 @@ import argparse, json
 from pathlib import Path
 import torch
 from draw_nbdev.files import write_text
-from draw_nbdev.training import machine
+from draw_nbdev.runs import machine
 from record import record
 
 OUT = Path('results/again.json')

@@ -11,7 +11,7 @@ from draw_nbdev.files import write_text
 from draw_nbdev.graph import Captured
 from draw_nbdev.loss import bound
 from draw_nbdev.model import DRAW, preset
-from draw_nbdev.training import machine
+from draw_nbdev.runs import machine
 
 def milliseconds(update, batch, repeats):
     "Median time of an update, the device waited for"

@@ -8,7 +8,7 @@ import json, subprocess, sys, tempfile
 from pathlib import Path
 import torch
 from draw_nbdev.files import write_text
-from draw_nbdev.training import machine
+from draw_nbdev.runs import machine
 
 RUNS = (
     ['--seconds', '24'],

@@ -19,7 +19,8 @@ from draw_nbdev.files import write_text
 from draw_nbdev.model import DRAW, DRAWConfig, preset
 from draw_nbdev.options import RECIPES, TrainOptions
 from draw_nbdev.checkpoints import read_metrics
-from draw_nbdev.training import Task, machine, train
+from draw_nbdev.runs import machine
+from draw_nbdev.training import Task, train
 from record import read_path
 
 BASE = TrainOptions(epochs=3, learning_rate=1.5e-3, precision='bf16')

@@ -15,7 +15,7 @@ from draw_nbdev.evaluation import evaluate
 from draw_nbdev.files import write_text
 from draw_nbdev.loading import PRETRAINED
 from draw_nbdev.model import DRAW
-from draw_nbdev.training import machine
+from draw_nbdev.runs import machine
 
 FEW, MANY = 50, 500 # Importance samples for all images, and for the first ones
 FIRST = 1000 # Images that are evaluated with many

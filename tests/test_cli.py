@@ -275,6 +275,14 @@ def test_start_of_a_training(options, task, weights, spy):
     same = [torch.equal(begun[name], expected[name]) for name in expected]
     assert all(same) == bool(options)
 
+def test_weights_that_do_not_fit_are_refused_before_anything_is_said(weights, spy):
+    "The announcement of a run comes after all that can be known to be wrong"
+    spy(data_sets, 'find', lambda given: small_set(given['split'], (1, 28, 28)))
+    seen = spy(cli, 'run')
+    with pytest.raises(ValueError, match='draw has height 6, and the run is to have 28'):
+        draw('train mnist --from draw')
+    assert not seen.calls
+
 @pytest.mark.parametrize('split', ['valid', 'test'])
 def test_split_of_a_classification(split, weights, spy, capsys):
     "After training, the part that was asked for is classified and shown, and no other"

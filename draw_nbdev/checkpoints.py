@@ -174,12 +174,13 @@ def read_run(
 def differences(
     there: dict, # Description of a run
     here: dict, # Another one
-    free: tuple[str, ...] = ('options.epochs', 'options.precision'), # What may differ
+    free: tuple[str, ...] = ('options.epochs', 'options.precision', 'task.start_from'), # May differ
 ) -> list[str]: # Such as 'options.seed 1 there, 0 here'
     "What keeps a run from going on under another description"
     there, here = ({f'{part}.{name}': value for part in ('config', 'options', 'data', 'task')
                     for name, value in run[part].items()} for run in (there, here))
-    new = {name for name in here.keys() - there.keys() if name.startswith(('data.', 'task.'))}
+    new = {name for name in here.keys() - there.keys()
+           if name.startswith(('data.', 'task.')) and name != 'task.start_checksum'}
     names = sorted(name for name in there.keys() | here.keys() if name not in {*free, *new})
     return [f'{name} {str(there.get(name))[:99]} there, {here.get(name)} here'
             for name in names if name not in here or there.get(name) != here.get(name)]

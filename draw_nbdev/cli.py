@@ -613,7 +613,8 @@ def data_command():
         typer.echo(f'\n{entry.name}: {entry.images}\n  {entry.state()}\n'
                    f'  {entry.size}; licence: {entry.licence}')
     names = sorted(file.parent.name for file in PRETRAINED.glob('*/config.json'))
-    typer.echo(f'\nPackaged weights, for evaluate, generate and demo: {", ".join(names)}')
+    typer.echo('\nPackaged weights, for evaluate, generate, demo and train --from: '
+               + ', '.join(names))
 
 # %% ../nbs/40_cli.ipynb #982b33b2
 @lru_cache(None)

@@ -138,7 +138,7 @@ def check_agreement(
     if accelerator.num_processes == 1: return
     first, *others = gather_object([description])
     for rank, other in enumerate(others, start=1):
-        for difference in differences(first, other, free=('options.precision',))[:1]:
+        for difference in differences(first, other, ('options.precision', 'task.start_from'))[:1]:
             told = difference.replace(' there, ', ' in the first, ').removesuffix(' here')
             raise ValueError(f'processes of one run differ ({told} in process {rank + 1}): start '
                              'the same in all of them, or one alone with --processes 1')

@@ -144,7 +144,8 @@ class FineTuneTask(Task):
     ):
         self._network = self.network.from_pretrained(weights)
         self.start_from = str(weights)
-        self.checksum = md5(save(self._network.state_dict())) # for run.json
+        state = {name: value.clone() for name, value in self._network.state_dict().items()}
+        self.start_checksum = md5(save(state)) # what a run that goes on is known by
 
     def check(self,
         config: DRAWConfig, # What the run is to train
@@ -152,9 +153,9 @@ class FineTuneTask(Task):
         "Raise `ValueError` where anything but the number of steps is another"
         there = asdict(self._network.config)
         for name, value in asdict(config).items():
-            if name != 'glimpses' and there[name] != value:
-                raise ValueError(f'{self.start_from} has {name} {there[name]}, and the run is to '
-                                 f'have {value}: training on changes no sizes and no parts')
+            if name != 'glimpses' and there.get(name) != value:
+                raise ValueError(f'{self.start_from} has {name} {there.get(name)}, and the run is '
+                                 f'to have {value}: training on changes no sizes and no parts')
 
     def start(self, config, train_set):
         "The network with these weights"
@@ -189,7 +190,7 @@ def train(
     out, accelerator = Path(out), start_accelerator(options)
     description = describe(config, train_set, valid_set, options, task)
     check_agreement(description, accelerator)
-    before = open_run(out, description)
+    open_run(out, description) # refused before anything is written
     accelerator.wait_for_everyone() # nobody writes before everybody has looked
     with ExitStack() as at_the_end:
         gpus = [accelerator.device] if accelerator.device.type == 'cuda' else []
@@ -200,6 +201,8 @@ def train(
         check_start(model, config)
         check_loading(model, task.network)
         at_the_end.enter_context(take_lock(out, accelerator))
+        before = open_run(out, description) # as the last run in this folder has left it
+        accelerator.wait_for_everyone()
         model = model.to(accelerator.device)
         if can_compile(accelerator.device) and getattr(model, 'scan', None) == 'fused':
             model.scan = 'compiled'

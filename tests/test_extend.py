@@ -32,7 +32,7 @@ from draw_nbdev.model import DRAW, PARTS, Bernoulli, DRAWConfig
 from draw_nbdev.options import TrainOptions, learning_rate
 from draw_nbdev.plots import learning_curves
 from draw_nbdev.runs import check_loading, describe
-from draw_nbdev.training import Task, train, update_average
+from draw_nbdev.training import FineTuneTask, Task, train, update_average
 
 SMALL = DRAWConfig(height=5, width=7, channels=2, glimpses=3, hidden_size=8, latent_size=3,
                    read_size=2, write_size=3)
@@ -471,6 +471,23 @@ def test_another_setting_of_a_task_is_another_run(tmp_path):
     file = tmp_path / 'run.json'
     file.write_text(json.dumps({**run(64), 'task': 'ClassifyTask'}), encoding='utf-8')
     assert differences(read_run(file), run(16)) == []
+
+def test_training_on_with_a_network_of_ones_own(tmp_path):
+    "Its parts may share a tensor, and its configuration may have a field that the weights' has not"
+    class Twin(DRAW):
+        def __init__(self, config: DRAWConfig, **parts):
+            super().__init__(config, **parts)
+            self.write.window = self.read.window
+    class TwinTask(FineTuneTask): network = Twin
+    @dataclass(frozen=True)
+    class More(DRAWConfig): classes: int = 3
+    Twin(SMALL).save_pretrained(tmp_path)
+    task = TwinTask(tmp_path)
+    begun, kept = task.start(SMALL, toy()), Twin.from_pretrained(tmp_path)
+    assert begun.write.window is begun.read.window
+    assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), kept.parameters()))
+    with pytest.raises(ValueError, match='has classes None, and the run is to have 3'):
+        task.check(More(**asdict(SMALL)))
 
 def test_settings_of_a_class_and_labels_are_another_run():
     "Whatever keeps them: a class, its base, a tuple; the network; the classes of the images"

@@ -112,6 +112,8 @@ def test_command_of_a_run_that_began_with_weights(record):
     line = record.command(history, 'mnist')
     assert line == 'draw train mnist --from mnist_paper --epochs 9'
     assert parsed(line)[:2] == (PRESETS['mnist'], replace(RECIPES['mnist'], epochs=9))
+    for older in ('Task', {}):
+        assert '--from' not in record.command({**history, 'task': older}, 'mnist')
 
 OPTIONS = dict(
     batch_size=50, optimizer='adam', learning_rate=0.25, final_rate=0.5, decay=0.125, rate_warmup=7,

@@ -811,6 +811,7 @@ def test_weights_of_another_run(tmp_path):
     for name, seed in (('first', 0), ('other', 1)): toy_train(tmp_path / name,
                                                               replace(OPTIONS, seed=seed))
     kept = load_file(tmp_path / 'first/best/model.safetensors')
+    shutil.copytree(tmp_path / 'first', tmp_path / 'kept')
     task = training.FineTuneTask(tmp_path / 'first')
     def tune(out, task, left=10**9):
         images.left = left
@@ -824,10 +825,17 @@ def test_weights_of_another_run(tmp_path):
     fresh = load_file(tmp_path / 'first/best/model.safetensors')
     assert all(torch.equal(fresh[name], kept[name]) for name in kept)
     shutil.copytree(tmp_path / 'other', tmp_path / 'first', dirs_exist_ok=True)
-    for other, told in ((training.FineTuneTask(tmp_path / 'first'), 'task.checksum'),
-                        (training.FineTuneTask(tmp_path / 'other'), 'task.start_from'),
+    for other, told in ((training.FineTuneTask(tmp_path / 'first'), 'task.start_checksum'),
+                        (training.FineTuneTask(tmp_path / 'other'), 'task.start_checksum'),
                         (training.Task(), 'task.kind')):
         with pytest.raises(ValueError, match=told): tune(out, other)
+    for spelled in (f'{tmp_path}/moved/', tmp_path / 'other/../moved/best'):
+        shutil.copytree(tmp_path / 'kept', tmp_path / 'moved', dirs_exist_ok=True)
+        tune(out, training.FineTuneTask(spelled)) # the same weights, wherever they are now
+    described = json.loads((out / 'run.json').read_text())
+    del described['task'] # as in a run from before tasks were written down
+    (out / 'run.json').write_text(json.dumps(described))
+    with pytest.raises(ValueError, match='start_checksum None there'): tune(out, task)
 
 @pytest.mark.parametrize('changes', [dict(hidden_size=9), dict(latent_size=2), dict(read_size=3),
                                      dict(layer_norm=True), dict(glimpses=5)], ids=str)

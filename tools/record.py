@@ -30,9 +30,13 @@ def command(
     sizes = {key: value for key, value in config.items() if value != asdict(networks[network])[key]}
     flags = min((flags_for(recorded, config, sizes, network, kind, 'segments' in history) for kind in ('own', 'paper')), key=len)
     images = [] if networks is CLASSIFIERS or history['data']['name'] in DATA_SETS else ['--images', history['data']['name'] + '.zip']
-    start = history.get('task', {}).get('start_from')
-    begin = ['--from', start] if start else []
+    begin = ['--from', begun_with(history)] if begun_with(history) else []
     return ' '.join(['draw', 'classify' if networks is CLASSIFIERS else 'train', network, *begin, *images, *flags])
+
+def begun_with(history: dict) -> str | None:
+    "The weights that a run began with; older runs have the name of their task alone"
+    task = history.get('task')
+    return task.get('start_from') if isinstance(task, dict) else None
 
 def told(value: float) -> str:
     "As short as it can be without being another number"
@@ -86,7 +90,7 @@ def record(
             **{key: chosen[key] for key in ('kl_per_step',) if key in chosen},
             'command': command(history, name), 'config': history['config'], 'options': history['options'], 'version': history['version'],
             **{key: segments[-1][key] for key in ('hardware', 'software')}, 'segments': segments,
-            **({'task': history['task']} if 'start_from' in history.get('task', {}) else {}),
+            **({'task': history['task']} if begun_with(history) else {}),
             **({'unpacked': json.loads(unpacked.read_text(encoding='utf-8'))} if unpacked.is_file() else {}), # See tools/unpack.py
             'curve': [{key: row[key] for key in ('epoch', 'step', 'glimpses', score, *others, 'seconds', 'cpu_seconds')} for row in rows]}
 

@@ -24,7 +24,7 @@ def unpack(
     history = json.loads((PRETRAINED / name / 'training.json').read_text(encoding='utf-8'))
     del history['half_precision']
     if run.exists(): raise ValueError(f'{run} exists: choose another folder')
-    names = 'config', 'options', 'version', 'data', 'segments'
+    names = 'config', 'options', 'version', 'data', 'task', 'segments'
     write_json(run / 'run.json', {key: history[key] for key in names if key in history})
     curve = (PRETRAINED / name / 'metrics.jsonl').read_text(encoding='utf-8')
     write_text(run / 'metrics.jsonl', curve)

@@ -804,6 +804,17 @@ def test_best_weights_are_those_of_the_last_stage(tmp_path):
         )
         assert json.loads((out / 'best/training.json').read_text())['epochs'] == kept
 
+def test_a_run_that_ends_while_another_begins(tmp_path, monkeypatch):
+    "What counts is what lies in the folder once it is locked"
+    toy_train(tmp_path / 'first', replace(OPTIONS, seed=1))
+    def late(out, accelerator):
+        shutil.copytree(tmp_path / 'first', out, dirs_exist_ok=True)
+        return take_lock(out, accelerator)
+    take_lock = training.take_lock
+    monkeypatch.setattr(training, 'take_lock', late)
+    with pytest.raises(ValueError, match='options.seed 1 there, 0 here'): toy_train(tmp_path / 'run')
+    assert json.loads((tmp_path / 'run/run.json').read_text())['options']['seed'] == 1
+
 def test_weights_of_another_run(tmp_path):
     """They are the start and nothing else: used twice, they give the same run twice, and that run
     goes on as any other does, but not with other weights or with none"""

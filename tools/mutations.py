@@ -36,7 +36,7 @@ TESTS = { # Of each module, quick ones first; its notebook comes after them
     ],
     'training': [
         'test_extend.py', 'test_mistakes.py -k "training or test_set or shuffling or order"',
-        'test_training.py -k "by_hand or weights_of or weights_that"',
+        'test_training.py -k "by_hand or weights_of or weights_that or while_another"',
         'test_training.py -k "of_a_stage or of_the or time"',
         'test_training.py', 'test_processes.py -k "script or agree"',
     ],
@@ -587,6 +587,8 @@ MUTATIONS = {
         ('images a second without the batch', 'updates * self.options.batch_size /', 'updates /'),
     ],
     'training': [
+        ('folder looked at before it is locked alone',
+         'before = open_run(out, description)', 'before = None'),
         ('fine-tuned from fresh weights', 'network.load_state_dict(self._network.state_dict())',
          'pass'),
         ('fine-tuned weights used up', 'network = self.network(config)', 'network = self._network'),

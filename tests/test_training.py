@@ -812,7 +812,8 @@ def test_a_run_that_ends_while_another_begins(tmp_path, monkeypatch):
         return take_lock(out, accelerator)
     take_lock = training.take_lock
     monkeypatch.setattr(training, 'take_lock', late)
-    with pytest.raises(ValueError, match='options.seed 1 there, 0 here'): toy_train(tmp_path / 'run')
+    with pytest.raises(ValueError, match='options.seed 1 there, 0 here'):
+        toy_train(tmp_path / 'run')
     assert json.loads((tmp_path / 'run/run.json').read_text())['options']['seed'] == 1
 
 def test_weights_of_another_run(tmp_path):

@@ -144,7 +144,8 @@ class FineTuneTask(Task):
     ):
         self._network = self.network.from_pretrained(weights)
         self.start_from = str(weights)
-        state = {name: value.clone() for name, value in self._network.state_dict().items()}
+        state = {name: value.clone(memory_format=torch.contiguous_format)
+                 for name, value in self._network.state_dict().items()}
         self.start_checksum = md5(save(state)) # what a run that goes on is known by
 
     def check(self,

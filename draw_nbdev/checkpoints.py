@@ -179,6 +179,7 @@ def differences(
     "What keeps a run from going on under another description"
     there, here = ({f'{part}.{name}': value for part in ('config', 'options', 'data', 'task')
                     for name, value in run[part].items()} for run in (there, here))
+    # older runs had less written down; all that began with other weights have these
     new = {name for name in here.keys() - there.keys()
            if name.startswith(('data.', 'task.')) and name != 'task.start_checksum'}
     names = sorted(name for name in there.keys() | here.keys() if name not in {*free, *new})
